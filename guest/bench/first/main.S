@@ -1,0 +1,12 @@
+/* bench_first: the shortest guest there is; its first instruction pair is an exit. Expected: status 0.
+ *
+ * `bench startup` times from MicroVM() to this `out`. One segment, no library, no stack.
+ */
+#include "kvmmm_abi.h"
+
+        .section .text.start, "ax"
+        .globl _start
+_start:
+        mov     $0, %eax
+        out     %eax, $KVMMM_PORT_EXIT
+        jmp     _start

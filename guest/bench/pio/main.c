@@ -1,0 +1,29 @@
+/* bench_pio: exits by a ring-3 `out` as fast as they go. Expected: n exits on port 0xb0, then status 0.
+ *
+ * Option: n=0 (how many; 0: for ever). Each `out` shows the host n counted down, in eax. The host
+ * may change any register but rsp and r12, the counter.
+ */
+#include "kvmmm.h"
+
+static int loop(void *arg)
+{
+    register uint64_t n asm("r12") = kvmmm_option_number("n", 0);
+
+    (void)arg;
+    asm volatile("1: mov %%r12d, %%eax\n"
+                 "   outl %%eax, $0xb0\n"
+                 "   dec %%r12\n"
+                 "   jnz 1b\n"
+                 : "+r"(n)
+                 :
+                 : "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r13", "r14",
+                   "r15", "memory", "cc");
+    return KVMMM_STATUS_OK;
+}
+
+int main(const struct kvmmm_boot_info *boot)
+{
+    (void)boot;
+    kvmmm_only_options("n");
+    return kvmmm_enter_ring3(loop, NULL);
+}

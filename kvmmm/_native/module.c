@@ -1,0 +1,28 @@
+/* module.c: the module's init function: cffi's own, then our types. */
+#include "py.h"
+
+/* PyInit__core of the generated file, renamed by CMakeLists.txt. */
+PyMODINIT_FUNC kvmmm_cffi_init(void);
+
+int py_add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **slot)
+{
+    PyObject *type = PyType_FromSpec(spec);
+    if (!type)
+        return -1;
+    *slot = (PyTypeObject *)type;
+    const char *dot = strrchr(spec->name, '.');
+    return PyModule_AddObjectRef(module, dot ? dot + 1 : spec->name, type);
+}
+
+__attribute__((visibility("default"))) PyMODINIT_FUNC PyInit__core(void)
+{
+    PyObject *module = kvmmm_cffi_init();
+    if (!module)
+        return NULL;
+    if (py_mapping_register(module) || py_registers_register(module) || py_exit_register(module) ||
+        py_vcpu_register(module)) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}

@@ -1,0 +1,51 @@
+/* py.h: the Python types of the core, limited API 3.11. Only py_*.c and module.c include it. */
+#ifndef KVMMM_PY_H
+#define KVMMM_PY_H
+
+#ifndef _CFFI_NO_LIMITED_API
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030B0000
+#endif
+#endif
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "core.h"
+
+/* A vCPU: file descriptor, kvm_run mapping, port table, handlers. Python subclasses it. */
+struct py_vcpu {
+    PyObject_HEAD
+    struct kvmmm_vcpu *v; /* NULL once closed */
+    PyObject *registers;
+    PyObject *io_exit, *mmio_exit; /* reused while nobody else holds them */
+    PyObject *on_mmio, *on_cold, *on_console;
+    PyObject *port_numbers[KVMMM_MAX_PORTS];
+};
+
+extern PyTypeObject *py_mapping_type, *py_registers_type, *py_io_exit_type, *py_mmio_exit_type,
+    *py_vcpu_type;
+
+int py_mapping_register(PyObject *module);
+int py_exit_register(PyObject *module);
+int py_registers_register(PyObject *module);
+int py_vcpu_register(PyObject *module);
+
+/* The typed exit for what kvm_run holds now; a new reference. */
+PyObject *py_io_exit_of(struct py_vcpu *vcpu);
+PyObject *py_mmio_exit_of(struct py_vcpu *vcpu);
+PyObject *py_registers_new(struct py_vcpu *vcpu);
+
+/* Exits and registers point back to their vCPU without holding it. The vCPU says when that ends:
+ * before it goes, and for an exit when the next one of its kind is made while somebody keeps it. */
+void py_exit_orphan(PyObject *exit);
+void py_registers_orphan(PyObject *registers);
+
+/* The vCPU's C state, or NULL with ValueError set when it is closed (or the pointer was cleared). */
+struct kvmmm_vcpu *py_vcpu_state(struct py_vcpu *vcpu);
+
+/* PyType_FromModuleAndSpec, kept in *slot and added to the module under its name. */
+int py_add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **slot);
+
+#endif

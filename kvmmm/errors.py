@@ -1,0 +1,216 @@
+"""Everything that kvmmm raises, and the facts each error carries.
+
+Every error is a `KvmmmError` and also the builtin that Python people expect, so both
+`except kvmmm.KvmmmError` and `except OSError` work. Facts stand in attributes; the message says what
+happened, where, and what to do. `exit_code` is what the command line ends with (see `kvmmm run --help`).
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+EXIT_USAGE = 64
+EXIT_IMAGE = 65
+EXIT_NO_INPUT = 66
+EXIT_FAULT = 67
+EXIT_EXCEPTION = 68
+EXIT_NO_KVM = 69
+EXIT_INTERNAL = 70
+EXIT_OS = 71
+EXIT_MEMORY = 72
+EXIT_DEADLINE = 73
+EXIT_CONSOLE = 74
+EXIT_STOPPED = 75
+EXIT_EMULATION = 76
+EXIT_PERMISSION = 77
+EXIT_SHUTDOWN = 78
+
+EXIT_CODES: dict[int, str] = {
+    EXIT_USAGE: "the command line is wrong",
+    EXIT_IMAGE: "the image was rejected, before any VM existed",
+    EXIT_NO_INPUT: "the image cannot be read",
+    EXIT_FAULT: "the guest touched memory that it may not",
+    EXIT_EXCEPTION: "the guest raised an exception that it does not handle",
+    EXIT_NO_KVM: "there is no usable /dev/kvm",
+    EXIT_INTERNAL: "a defect in kvmmm itself",
+    EXIT_OS: "the host refused a system call or an ioctl",
+    EXIT_MEMORY: "guest memory is exhausted",
+    EXIT_DEADLINE: "the deadline (--timeout) passed",
+    EXIT_CONSOLE: "the console could not be written or read",
+    EXIT_STOPPED: "stopped from outside: Ctrl-C, SIGTERM or vm.stop()",
+    EXIT_EMULATION: "KVM cannot run an instruction of the guest",
+    EXIT_PERMISSION: "this user may not open /dev/kvm",
+    EXIT_SHUTDOWN: "the guest triple-faulted",
+}
+
+
+class KvmmmError(Exception):
+    """Base of all errors of kvmmm."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class IoctlError(KvmmmError, OSError):
+    """An ioctl on a KVM file descriptor failed.
+
+    Attributes:
+        ioctl: Its name, as in <linux/kvm.h>.
+        arguments: What it was given, as text.
+        errno: The kernel's answer.
+    """
+
+    exit_code = EXIT_OS
+
+    def __init__(self, ioctl: str, arguments: str, err: int, hint: str = "") -> None:
+        self.ioctl = ioctl
+        self.arguments = arguments
+        name = _errno.errorcode.get(err, str(err))
+        text = f"{ioctl}({arguments}) failed: {name}, {os.strerror(err)}"
+        super().__init__(err, f"{text}; {hint}" if hint else text)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class KvmUnavailableError(KvmmmError, OSError):
+    """/dev/kvm is missing, closed to this user, or not a KVM that we can use.
+
+    Attributes:
+        errno: Why it could not be opened.
+        remedy: What to type.
+    """
+
+    exit_code = EXIT_NO_KVM
+
+    def __init__(self, err: int, what: str, remedy: str) -> None:
+        self.remedy = remedy
+        if err in (_errno.EACCES, _errno.EPERM):
+            self.exit_code = EXIT_PERMISSION
+        super().__init__(err, f"{what}\n{remedy}")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class GuestFaultError(KvmmmError, OSError):
+    """An access to guest memory cannot be served.
+
+    Attributes:
+        addr: First guest address that could not be accessed.
+        access: What was wanted there (`kvmmm.hostarch.access` bits).
+        done: Bytes done before it.
+        mapped: Whether a vma covers `addr` (it forbids the access), or none does.
+        errno: EFAULT.
+    """
+
+    exit_code = EXIT_FAULT
+
+    def __init__(self, addr: int, access: int, *, mapped: bool, done: int = 0) -> None:
+        self.addr = addr
+        self.access = access
+        self.mapped = mapped
+        self.done = done
+        verbs = [v for b, v in ((1, "read"), (2, "write"), (4, "execute")) if access & b]
+        why = "its mapping forbids it" if mapped else "nothing is mapped there"
+        text = f"cannot {'/'.join(verbs) or 'access'} guest address {addr:#x}: {why}"
+        super().__init__(_errno.EFAULT, f"{text} ({done} bytes done)" if done else text)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class ArenaExhaustedError(KvmmmError, OSError):
+    """The arena has no room for an allocation.
+
+    Attributes:
+        wanted_bytes: What was asked for.
+        free_bytes: What is left, perhaps in smaller pieces.
+        capacity_bytes: The arena's size.
+        errno: ENOMEM.
+    """
+
+    exit_code = EXIT_MEMORY
+
+    def __init__(self, wanted_bytes: int, free_bytes: int, capacity_bytes: int) -> None:
+        self.wanted_bytes = wanted_bytes
+        self.free_bytes = free_bytes
+        self.capacity_bytes = capacity_bytes
+        super().__init__(
+            _errno.ENOMEM,
+            f"the arena is exhausted: {wanted_bytes >> 10} KiB wanted, {free_bytes >> 10} KiB of "
+            f"{capacity_bytes >> 10} KiB free; give it more with --arena (MicroVM(arena=...))",
+        )
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class ImageError(KvmmmError, ValueError):
+    """A guest image was rejected; no VM was made.
+
+    Attributes:
+        path: The image, as the caller named it.
+        reason: What is wrong with it, one sentence.
+        remedy: What to do about it; may be empty.
+    """
+
+    exit_code = EXIT_IMAGE
+
+    def __init__(self, path: str, reason: str, remedy: str = "") -> None:
+        self.path = path
+        self.reason = reason
+        self.remedy = remedy
+        super().__init__(f"{path}: {reason}" + (f"\n{remedy}" if remedy else ""))
+
+
+class RangeError(KvmmmError, ValueError):
+    """A range or address is malformed: unaligned, empty, wrapping, or outside the address space.
+
+    Attributes:
+        start: First address of the range.
+        end: One past its last address.
+    """
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, start: int, end: int, why: str) -> None:
+        self.start = start
+        self.end = end
+        super().__init__(f"[{start:#x}, {end:#x}): {why}")
+
+
+class GuestConsoleError(KvmmmError, OSError):
+    """The guest broke the console's protocol, or its console cannot be served.
+
+    Attributes:
+        errno: EPROTO.
+    """
+
+    exit_code = EXIT_CONSOLE
+
+    def __init__(self, what: str) -> None:
+        super().__init__(_errno.EPROTO, what)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class VcpuError(KvmmmError, RuntimeError):
+    """KVM_RUN ended in a way that says nothing about the guest's program.
+
+    Attributes:
+        reason: KVM's reason as text.
+    """
+
+    exit_code = EXIT_OS
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"KVM_RUN: {reason}")
+
+
+class StateError(KvmmmError, RuntimeError):
+    """A call came at a time when it cannot be served: closed, running, or not yet loaded."""
+
+    exit_code = EXIT_USAGE

@@ -1,0 +1,113 @@
+"""`MemoryManager`: one guest address space. Its methods are spread over the files of this package."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from kvmmm.mm import debug, fault, io, mapping, pma, vma
+
+if TYPE_CHECKING:
+    from kvmmm.arena import Arena
+    from kvmmm.mm.pma import Home
+    from kvmmm.platform.base import AddressSpace
+
+
+class Counters:
+    """What happened so far. Guarded by active_lock; read without it for display.
+
+    Attributes:
+        reads, writes, executes: Faults by what the guest wanted.
+        vma_lookups: Faults that looked for a vma: all of them.
+        pma_insertions: Faults that allocated a pma.
+        pma_hits: Faults that found one, and only installed it.
+        refused: Faults that could not be served.
+        allocated_bytes: Frames allocated, by faults, copies and loading.
+    """
+
+    __slots__ = (
+        "allocated_bytes", "executes", "pma_hits", "pma_insertions", "reads", "refused",
+        "vma_lookups", "writes",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.reads = self.writes = self.executes = 0
+        self.vma_lookups = self.pma_insertions = self.pma_hits = self.refused = 0
+        self.allocated_bytes = 0
+
+    @property
+    def faults(self) -> int:
+        """All faults."""
+        return self.reads + self.writes + self.executes
+
+
+class MemoryManager:
+    """Memory of one guest: what may be accessed (vmas), what is there (pmas), how a CPU reaches it.
+
+    Invariants: see the package comment; `check_invariants` checks them.
+
+    Lifetime: `close` drops every frame; the address space must not be used by a CPU any more.
+
+    Args:
+        arena: Where private memory comes from.
+        address_space: What a CPU uses; addresses up to its `max_addr` can be mapped.
+    """
+
+    __slots__ = (
+        "active_lock", "address_space", "arena", "counters", "generation", "home", "mapping_lock",
+        "max_addr", "pmas", "vmas", "window",
+    )  # fmt: skip
+
+    def __init__(self, arena: Arena, address_space: AddressSpace) -> None:
+        self.arena = arena
+        self.address_space = address_space
+        self.max_addr = address_space.max_addr
+        # What may be accessed. Guarded by mapping_lock.
+        self.vmas = vma.new_vma_set()
+        # Grows with every change of a vma: who derived page tables from vmas can see it. The same.
+        self.generation = 0
+        self.mapping_lock = threading.Lock()
+        # What is backed. Guarded by active_lock.
+        self.pmas = pma.new_pma_set()
+        self.window = pma.Window()
+        self.counters = Counters()
+        self.active_lock = threading.Lock()
+        # Where frames go by preference. Immutable after reserve_home.
+        self.home: Home | None = None
+
+    def reserve_home(self, length_bytes: int) -> None:
+        """Reserve arena offsets for [0, length_bytes), uncommitted; does nothing if they do not fit."""
+        reservation = self.arena.reserve(length_bytes, align_bytes=1 << 21)
+        if reservation is not None:
+            self.home = pma.Home(self.arena, reservation, 0)
+
+    mmap = mapping.mmap
+    munmap = mapping.munmap
+    mprotect = mapping.mprotect
+    populate = mapping.populate
+
+    handle_user_fault = fault.handle_user_fault
+    map_resident = fault.map_resident
+
+    copy_in = io.copy_in
+    copy_out = io.copy_out
+    read = io.read
+    write = io.write
+    zero_out = io.zero_out
+
+    maps = debug.maps
+    check_invariants = debug.check_invariants
+
+    def close(self) -> None:
+        """Drop all frames and mappings. Idempotent.
+
+        Preconditions:
+            - No CPU uses the address space any more.
+        """
+        with self.mapping_lock, self.active_lock:
+            pma.remove_locked(self, 0, self.max_addr)
+            self.vmas.clear()
+            self.generation += 1
+            if self.home is not None:
+                self.arena.unreserve(self.home.reservation)
+                self.home = None

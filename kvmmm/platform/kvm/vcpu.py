@@ -1,0 +1,157 @@
+"""One vCPU: registers, translation, and what a first one tells about the host's KVM.
+
+The KVM_RUN loop, the general registers and the two hot exits are C (`VcpuCore`); this adds the cold
+half. General registers travel through kvm_run at every exit; special ones are fetched when asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvmmm.errors import IoctlError
+from kvmmm.platform.kvm import abi, boot
+from kvmmm.platform.kvm.device import Device
+from kvmmm.safemem.ffi import VcpuCore, address_of, ffi, ioctl, lib
+
+
+class Trial:
+    """What was found by trying it on the first vCPU of the process.
+
+    Attributes:
+        has_avx: CR4.OSXSAVE and XCR0 = x87|SSE|AVX were taken.
+        has_fsgsbase: CR4.FSGSBASE was taken.
+        sregs: Special registers for 64-bit ring 0, lacking only table addresses; bytes.
+        xcrs_hva: Address of a struct kvm_xcrs with XCR0 = 7.
+    """
+
+    __slots__ = ("_xcrs", "has_avx", "has_fsgsbase", "sregs", "xcrs_hva")
+
+    def __init__(self, fd: int) -> None:
+        sregs = ffi.new("struct kvm_sregs *")
+        hva = address_of(sregs)
+        _check("KVM_GET_SREGS", "", ioctl(fd, abi.KVM_GET_SREGS, hva))
+        boot.fill_sregs(sregs)
+        self._xcrs = boot.xcrs_with_avx()
+        self.xcrs_hva = address_of(self._xcrs)
+
+        def takes(cr4_bits: int) -> bool:
+            sregs.cr4 |= cr4_bits
+            if ioctl(fd, abi.KVM_SET_SREGS, hva) == 0:
+                return True
+            sregs.cr4 &= ~cr4_bits
+            return False
+
+        # SET_SREGS wants a paging root only at entry: CR3 = 0 is fine for asking.
+        self.has_fsgsbase = takes(boot.CR4_FSGSBASE)
+        self.has_avx = takes(boot.CR4_OSXSAVE) and ioctl(fd, abi.KVM_SET_XCRS, self.xcrs_hva) == 0
+        if not self.has_avx:
+            sregs.cr4 &= ~boot.CR4_OSXSAVE
+        self.sregs = bytes(ffi.buffer(sregs))
+
+
+def _check(name: str, arguments: str, rc: int) -> int:
+    if rc < 0:
+        raise IoctlError(name, arguments, -rc)
+    return rc
+
+
+class Vcpu(VcpuCore):
+    """A vCPU. Made by `Vm.create_vcpu`, closed by its VM.
+
+    `run` and `once` must be called on one thread at a time; `stop` from any.
+    """
+
+    __slots__ = ("_sync", "device", "number")
+
+    def __init__(self, fd: int, device: Device, number: int) -> None:
+        super().__init__(fd, device.vcpu_mmap_bytes)
+        self.device = device
+        self.number = number
+        self._sync = ffi.cast("struct kvm_run *", self.run_hva)
+        _check("KVM_SET_CPUID2", "supported", ioctl(fd, abi.KVM_SET_CPUID2, device.cpuid.table_hva))
+        if device.trial is None:
+            device.trial = Trial(fd)
+        elif self.trial.has_avx:
+            _check("KVM_SET_XCRS", "xcr0=7", ioctl(fd, abi.KVM_SET_XCRS, self.trial.xcrs_hva))
+
+    @property
+    def trial(self) -> Trial:
+        """What the host's KVM allows, found on the process's first vCPU."""
+        trial = self.device.trial
+        assert isinstance(trial, Trial)  # noqa: S101 - __init__ made it
+        return trial
+
+    def load_boot_state(self, layout: boot.BootLayout) -> None:
+        """Set the special registers for 64-bit ring 0, at the next run.
+
+        Args:
+            layout: Guest-physical addresses of root table, GDT, IDT and TSS.
+        """
+        run = self._sync
+        sregs = lib.kvmmm_sync_sregs(run)
+        ffi.memmove(sregs, self.trial.sregs, len(self.trial.sregs))
+        sregs.cr3 = layout.root_gpa
+        sregs.gdt.base = layout.gdt_gpa
+        sregs.idt.base = layout.idt_gpa
+        sregs.tr.base = layout.tss_gpa
+        run.kvm_dirty_regs |= abi.KVM_SYNC_X86_SREGS
+
+    def get_sregs(self) -> Any:  # noqa: ANN401 - a cffi struct
+        """Return struct kvm_sregs as it is now (KVM_GET_SREGS)."""
+        sregs = ffi.new("struct kvm_sregs *")
+        _check("KVM_GET_SREGS", "", ioctl(self.fd, abi.KVM_GET_SREGS, address_of(sregs)))
+        return sregs
+
+    def set_sregs(self, sregs: Any) -> None:  # noqa: ANN401 - a cffi struct
+        """Set the special registers (KVM_SET_SREGS)."""
+        _check("KVM_SET_SREGS", "", ioctl(self.fd, abi.KVM_SET_SREGS, address_of(sregs)))
+
+    def return_to_frame(
+        self, sregs: Any, *, rip: int, cs: int, rflags: int, rsp: int, ss: int  # noqa: ANN401
+    ) -> None:
+        """Do what iretq would with such a frame, at the next run; works alike in every ring.
+
+        Args:
+            sregs: What `get_sregs` gave at this exit; changed.
+            rip: Where to go on.
+            cs: Code selector, kernel's or user's.
+            rflags: Flags.
+            rsp: Stack pointer.
+            ss: Stack selector.
+        """
+        boot.load_return_segments(sregs, cs, ss)
+        run = self._sync
+        ffi.memmove(lib.kvmmm_sync_sregs(run), sregs, ffi.sizeof("struct kvm_sregs"))
+        run.kvm_dirty_regs |= abi.KVM_SYNC_X86_SREGS
+        regs = self.regs
+        regs.rip, regs.rflags, regs.rsp = rip, rflags, rsp
+
+    def translate(self, gva: int) -> int | None:
+        """Return the guest-physical address that the CPU's page tables give for `gva`.
+
+        Only that: KVM fills the permission fields with constants (Linux arch/x86/kvm/x86.c,
+        kvm_arch_vcpu_ioctl_translate). None where nothing is mapped.
+        """
+        request = ffi.new("struct kvm_translation *")
+        request.linear_address = gva
+        _check("KVM_TRANSLATE", f"{gva:#x}", ioctl(self.fd, abi.KVM_TRANSLATE, address_of(request)))
+        return int(request.physical_address) if request.valid else None
+
+    def get_xsave(self) -> bytes:
+        """Return the CPU's XSAVE area, standard format, 4096 bytes (KVM_GET_XSAVE)."""
+        area = ffi.new("uint8_t[4096]")
+        _check("KVM_GET_XSAVE", "", ioctl(self.fd, abi.KVM_GET_XSAVE, address_of(area)))
+        return bytes(ffi.buffer(area))
+
+    @property
+    def legacy_bytes(self) -> bool:
+        """Whether the guest prints by ports (COM1, 0xe9)."""
+        return bool(self.statistics()["legacy_bytes"])
+
+    def tsc_hz(self) -> int:
+        """Return the guest's TSC frequency; 0 where KVM does not say."""
+        return max(0, ioctl(self.fd, abi.KVM_GET_TSC_KHZ)) * 1000
+
+    def run_bytes(self, length_bytes: int = 2048) -> bytes:
+        """Return the start of kvm_run, for decoding a cold exit."""
+        return bytes(ffi.buffer(ffi.cast("uint8_t *", self.run_hva), length_bytes))

@@ -1,0 +1,65 @@
+"""The boundary to C: the only module that imports `kvmmm._core`.
+
+Here C's answers become Python's: -errno becomes `OSError`, a pointer becomes an int or a memoryview.
+What C offers is declared, with its documentation, in `kvmmm/_core.pyi` and `_native/core.h`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from kvmmm._core import HostMapping, IoExit, MmioExit, Registers, VcpuCore, ffi, lib
+
+__all__ = [
+    "HostMapping",
+    "IoExit",
+    "MmioExit",
+    "Registers",
+    "VcpuCore",
+    "address_of",
+    "ffi",
+    "fill",
+    "ioctl",
+    "lib",
+    "punch_hole",
+]
+
+
+def ioctl(fd: int, request: int, argument: int = 0) -> int:
+    """Call ioctl(2) with the GIL released.
+
+    Args:
+        fd: File descriptor.
+        request: Its number.
+        argument: A number, or the host address of a struct.
+
+    Returns:
+        What the kernel returned; -errno when it failed (no exception: the caller knows the names
+        that make a good message).
+    """
+    return lib.kvmmm_ioctl(fd, request, argument)
+
+
+def address_of(cdata: object) -> int:
+    """Return the host address of a cffi struct or array, for an ioctl's argument."""
+    return int(ffi.cast("uintptr_t", ffi.addressof(cdata) if _is_struct(cdata) else cdata))
+
+
+def _is_struct(cdata: object) -> bool:
+    return ffi.typeof(cdata).kind == "struct"  # type: ignore[arg-type]
+
+
+def punch_hole(fd: int, offset: int, length_bytes: int) -> None:
+    """Free the pages of a memfd in [offset, offset + length_bytes); they read as zero afterwards.
+
+    Raises:
+        OSError: fallocate(2) refused.
+    """
+    rc = lib.kvmmm_punch_hole(fd, offset, length_bytes)
+    if rc:
+        raise OSError(-rc, f"fallocate(PUNCH_HOLE, {offset:#x}, {length_bytes:#x}): {os.strerror(-rc)}")
+
+
+def fill(hva: int, byte: int, length_bytes: int) -> None:
+    """Fill host memory with one byte value; the caller knows that it is mapped."""
+    lib.memset(ffi.cast("void *", hva), byte, length_bytes)

@@ -1,0 +1,292 @@
+"""`MicroVM`: one guest, from a file to its exit status."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from kvmmm.arena import Arena
+from kvmmm.errors import KvmmmError, RangeError, StateError
+from kvmmm.hostarch.access import ANY_ACCESS, READ_WRITE
+from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES, align_up
+from kvmmm.hostarch.ranges import AddrRange
+from kvmmm.hostarch.units import parse_bytes, parse_duration_ns
+from kvmmm.mm import MemoryManager
+from kvmmm.platform.kvm.address_space import MemslotAddressSpace
+from kvmmm.platform.kvm.boot import RFLAGS_RESERVED
+from kvmmm.platform.kvm.device import open_device
+from kvmmm.platform.kvm.vm import Vm
+from kvmmm.safemem.ffi import lib
+from kvmmm.vmm.console import Console
+from kvmmm.vmm.exit_handler import ExitHandler
+from kvmmm.vmm.image import Image, read_image
+from kvmmm.vmm.result import RunResult
+from kvmmm.vmm.statistics import RunStatistics
+from kvmmm.vmm.stop_report import StopReporter
+from kvmmm.vmm.supervisor import Supervisor
+from kvmmm.vmm.system_area import OUTPUT_BYTES, OUTPUT_OFFSET, SystemArea, system_area_bytes
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+DEFAULT_MEMORY = "64M"
+
+HOLE = AddrRange(0xFEC0_0000, 1 << 32)
+"""Never memory: the APIC pages, and on VMX KVM's private slots."""
+
+
+class MicroVM:
+    """A micro-VM with one vCPU.
+
+    Example:
+        with kvmmm.MicroVM(memory="64M") as vm:
+            vm.load("guest.elf")
+            result = vm.run(timeout=5.0)
+            print(result.status, result.console)
+
+    Lifetime: `close`, or the end of a `with`. Not to be shared between threads, but for `stop` and
+    copies through `mm`.
+
+    Args:
+        memory: Guest memory, as `64M` or in bytes; rounded up to 2 MiB. Costs nothing until touched.
+        arena: Most that guest memory and kvmmm's own pages may take on the host; by default enough.
+        console: Called with each chunk of guest output; None collects it in `RunResult.console`.
+        console_input: File descriptor of the guest's console input; None is an empty one.
+        max_memslots: Use no more memslots than that (for tests).
+
+    Attributes:
+        mm: The memory manager; its addresses are guest-physical.
+        vcpu: The vCPU, for registers and for handlers of one's own (`on_out`).
+
+    Raises:
+        KvmUnavailableError: No usable /dev/kvm.
+        RangeError: More memory than the CPU can address.
+    """
+
+    def __init__(
+        self, memory: int | str = DEFAULT_MEMORY, *, arena: int | str | None = None,
+        console: Callable[[bytes], object] | None = None, console_input: int | None = None,
+        max_memslots: int | None = None,
+    ) -> None:  # fmt: skip
+        self._closers: list[Callable[[], None]] = []
+        self._image: Image | None = None
+        self._tables_generation = -1
+        self._has_ended = False
+        self.memory_bytes = align_up(parse_bytes(memory), HUGE_PAGE_BYTES)
+        area_start = align_up(self.memory_bytes, HUGE_PAGE_BYTES)
+        if HOLE.start <= area_start < HOLE.end:
+            area_start = HOLE.end
+        area_bytes = system_area_bytes(self.memory_bytes)
+        device = open_device()
+        if area_start + area_bytes > 1 << device.cpuid.physical_bits:
+            raise RangeError(
+                0, self.memory_bytes,
+                f"this CPU addresses {device.cpuid.physical_bits} bits: ask for less --memory",
+            )  # fmt: skip
+        capacity = parse_bytes(arena) if arena is not None else self.memory_bytes + area_bytes
+        try:
+            self.arena = Arena(max(capacity, area_bytes))
+            self._closers.append(self.arena.close)
+            self.area = SystemArea(
+                self.arena, area_start, area_bytes, giant_pages=device.cpuid.has_giant_pages
+            )
+            self._closers.append(self.area.close)
+            self.vm = Vm(device, max_memslots=max_memslots)
+            self._closers.append(self.vm.close)
+            self.vm.memslots.add(area_start, area_bytes, self.area.hva)
+            self.address_space = MemslotAddressSpace(self.vm, self.memory_bytes)
+            self.mm = MemoryManager(self.arena, self.address_space)
+            self.mm.reserve_home(self.memory_bytes)
+            self.vcpu = self.vm.create_vcpu()
+            self._wire(console, console_input)
+        except BaseException:
+            self.close()
+            raise
+
+    def _wire(self, sink: Callable[[bytes], object] | None, input_fd: int | None) -> None:
+        hva = self.area.hva
+        self.vcpu.set_console(hva, hva + OUTPUT_OFFSET, OUTPUT_BYTES)
+        self._console = Console(self.vcpu, sink, input_fd)
+        self._supervisor = Supervisor(self.vcpu, self._console.drain)
+        self._reporter = StopReporter(self)
+        self._handler = ExitHandler(
+            self.vm, self.vcpu, self.mm, self.address_space, self.area, self._console,
+            self._reporter, lambda: self._supervisor.is_stopping,
+        )  # fmt: skip
+        self._handler.attach()
+
+    # ---- loading ----
+
+    @property
+    def image(self) -> Image | None:
+        """The guest image, once loaded."""
+        return self._image
+
+    def load(
+        self, image: str | bytes | os.PathLike[str] | Image, *, base: int | None = None,
+        rwx: bool = False, args: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """Load a guest: a static ELF64 file, or with `base` a flat binary.
+
+        Each segment becomes private memory with its own permissions; what is left of guest memory is
+        one read-write mapping. Page 0 is never mapped.
+
+        Args:
+            image: A path, the bytes themselves, or what `read_image` returned.
+            base: Guest address of a flat binary's first byte; its entry.
+            rwx: Give every segment all permissions, as a boot loader would.
+            args: Joined by blanks into the guest's command line.
+
+        Raises:
+            ImageError: The image is rejected (`.reason`), nothing was loaded.
+            StateError: Something was loaded already.
+        """
+        if self._image is not None:
+            raise StateError("this VM has a guest: make another MicroVM for another image")
+        if not isinstance(image, Image):
+            image = read_image(image, memory_bytes=self.memory_bytes, base=base, rwx=rwx)
+        for start, end in _free_of_hole(PAGE_BYTES, self.memory_bytes):
+            self.mm.mmap(AddrRange(start, end), READ_WRITE, "[memory]")
+        ranges = image.page_ranges()
+        for start, end, perms in ranges:
+            self.mm.mmap(AddrRange(start, end), ANY_ACCESS if rwx else perms, "[image]")
+        for segment in image.segments:
+            self.mm.copy_out(segment.start, image.contents(segment), ignore_permissions=True)
+        self._image = image
+        self._enter(image, ranges, " ".join(args))
+
+    def _enter(self, image: Image, ranges: list[tuple[int, int, int]], command_line: str) -> None:
+        trial = self.vcpu.trial
+        features = lib.KVMMM_CPU_SSE
+        features |= lib.KVMMM_CPU_AVX if trial.has_avx else 0
+        features |= lib.KVMMM_CPU_FSGSBASE if trial.has_fsgsbase else 0
+        features |= lib.KVMMM_CPU_1GIB if self.vm.device.cpuid.has_giant_pages else 0
+        regions = [
+            (start, end, lib.KVMMM_REGION_IMAGE if vma.name == "[image]" else lib.KVMMM_REGION_RAM, vma.perms)
+            for start, end, vma in self.mm.vmas
+        ]
+        regions.append((self.area.start, self.area.end, lib.KVMMM_REGION_SYSTEM, READ_WRITE))
+        ram_ends = [end for _, end, kind, _ in regions if kind == lib.KVMMM_REGION_RAM]
+        stack_top = max(ram_ends, default=ranges[-1][1])
+        self.area.write_boot_info(
+            regions, command_line, self.memory_bytes, stack_top, features, self.vcpu.tsc_hz()
+        )
+        regs = self.vcpu.regs
+        regs.rip = image.entry
+        regs.rsp = stack_top
+        regs.rdi = self.area.boot_info_gpa
+        regs.rflags = RFLAGS_RESERVED
+
+    # ---- running ----
+
+    def run(self, timeout: float | str | None = None) -> RunResult:
+        """Run the guest until it exits, fails, is stopped, or the deadline passes.
+
+        Args:
+            timeout: Deadline in seconds, or as `"250ms"`; None for none.
+
+        Returns:
+            What it came to. A deadline or a stop leaves the guest able to run on; anything else ends it.
+
+        Raises:
+            StateError: Nothing is loaded, it is running, or it has ended.
+            KeyboardInterrupt: Ctrl-C; the guest has been stopped, a note says where.
+            VcpuError: KVM gave up.
+        """
+        if self._image is None:
+            raise StateError("nothing is loaded: call load() first")
+        if self._has_ended:
+            raise StateError("this guest has ended: make another MicroVM")
+        timeout_ns = parse_duration_ns(timeout) if timeout is not None else 0
+        self._refresh_tables()
+        self._reporter.begin_run()
+        try:
+            answer = self._supervisor.run(timeout_ns)
+        except KeyboardInterrupt as e:
+            self._console.drain()
+            e.add_note(self._reporter.stopped("Ctrl-C").report)
+            raise
+        if answer == -lib.KVMMM_STOP_DEADLINE:
+            result = self._reporter.deadline(timeout_ns)
+        elif answer == -lib.KVMMM_STOP_REQUEST:
+            result = self._reporter.stopped("stop()")
+        elif isinstance(answer, RunResult):
+            result = answer
+            self._has_ended = True
+        else:
+            raise KvmmmError(f"a handler answered {answer!r}, which is no RunResult")
+        self._console.drain()
+        result.console = self._console.take_output()
+        result.tests = self.area.test_report()
+        result.stats = self.statistics()
+        return result
+
+    def _refresh_tables(self) -> None:
+        """Build the boot tables when vmas have changed, and map what is resident."""
+        if self._tables_generation == self.mm.generation:
+            return
+        if self._tables_generation >= 0:
+            raise StateError("guest memory was remapped after the first run: not supported yet")
+        self.area.build_tables((start, end, vma.perms) for start, end, vma in self.mm.vmas)
+        self.mm.map_resident()
+        self.vcpu.load_boot_state(self.area.layout())
+        self._tables_generation = self.mm.generation
+
+    def stop(self) -> None:
+        """End the run from any thread, within moments; `run` returns outcome `stopped`.
+
+        A stop that comes while nothing runs ends the next run before its first instruction.
+        """
+        self._supervisor.stop()
+
+    def on_out(
+        self, port: int, handler: Callable[..., object] | None, *, value_only: bool = False
+    ) -> None:
+        """Have `handler` called when the guest uses an I/O port.
+
+        Args:
+            port: The port; ring 3 may use those of `boot.OPEN_PORTS`.
+            handler: `handler(exit)` with an `IoExit`, or with `value_only` `handler(port, value)`, which
+                is twice as fast. A `RunResult` it returns ends the run; None goes on. For IN, the first
+                kind sets `exit.value`, the second returns the number (its `value` is None).
+            value_only: Which of the two.
+        """
+        kind = lib.KVMMM_PORT_KIND_VALUE if value_only else lib.KVMMM_PORT_KIND_EXIT
+        self.vcpu.set_port(port, kind, handler)
+
+    def statistics(self) -> RunStatistics:
+        """Return counts and times since the VM was made."""
+        return RunStatistics.of(
+            self.vcpu.statistics(), self.mm.counters, self.arena.statistics(),
+            n_slots=len(self.vm.memslots), n_mmio=self._handler.n_mmio,
+            n_emulated_pages=self._handler.provider.n_pages,
+            n_page_faults=self._handler.n_page_faults, n_console_bytes=self._console.n_bytes,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Release everything, vCPU first, arena last. Idempotent; also after an error in between.
+
+        Raises:
+            StateError: The guest is running.
+            BufferError: A memoryview of guest memory is still held.
+        """
+        while self._closers:
+            self._closers[-1]()
+            self._closers.pop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closers"):
+            self.close()
+
+
+def _free_of_hole(start: int, end: int) -> list[tuple[int, int]]:
+    pieces = [(start, min(end, HOLE.start)), (max(start, HOLE.end), end)]
+    return [(a, b) for a, b in pieces if a < b]
+
+

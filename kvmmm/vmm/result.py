@@ -1,0 +1,72 @@
+"""What a run came to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmmm import errors
+
+if TYPE_CHECKING:
+    from kvmmm.vmm.statistics import RunStatistics
+
+EXITED = "exited"
+FAULT = "fault"
+EXCEPTION = "exception"
+MEMORY = "memory"
+EMULATION = "emulation"
+SHUTDOWN = "shutdown"
+HALTED = "halted"
+DEADLINE = "deadline"
+STOPPED = "stopped"
+
+_EXIT_CODES = {
+    FAULT: errors.EXIT_FAULT,
+    EXCEPTION: errors.EXIT_EXCEPTION,
+    MEMORY: errors.EXIT_MEMORY,
+    EMULATION: errors.EXIT_EMULATION,
+    SHUTDOWN: errors.EXIT_SHUTDOWN,
+    DEADLINE: errors.EXIT_DEADLINE,
+    STOPPED: errors.EXIT_STOPPED,
+    HALTED: 0,
+}
+
+
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        outcome: One of the constants of this module: `"exited"` when the guest ended it itself.
+        status: The guest's exit status, 0 to 255; None unless it exited.
+        report: What happened and where, one screen of text; empty when the guest exited.
+        console: What the guest printed in this run; empty when a sink was given.
+        addr: Guest address of a fault; None otherwise.
+        tests: (passed, failed) as the guest reported them.
+        stats: Counts of exits, faults, pages, slots; times where they were asked for.
+    """
+
+    __slots__ = ("addr", "console", "outcome", "report", "stats", "status", "tests")
+
+    def __init__(
+        self, outcome: str, *, status: int | None = None, report: str = "", addr: int | None = None
+    ) -> None:
+        self.outcome = outcome
+        self.status = status
+        self.report = report
+        self.addr = addr
+        self.console = b""
+        self.tests = (0, 0)
+        self.stats: RunStatistics | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the guest exited with status 0 and none of its tests failed."""
+        return self.outcome == EXITED and self.status == 0 and not self.tests[1]
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line ends with: the guest's own status, or kvmmm's code for the cause."""
+        return self.status if self.status is not None else _EXIT_CODES[self.outcome]
+
+    def __repr__(self) -> str:
+        status = f", status={self.status}" if self.status is not None else ""
+        return f"<RunResult {self.outcome}{status}>"

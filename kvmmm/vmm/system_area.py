@@ -1,0 +1,271 @@
+"""kvmmm's own pages in a guest, in one slot just above its memory; always resident and writable.
+
+    offset    what                                                    ring 3
+    0x00000   console control, test report, boot info, regions, args  read-write
+    0x02000   IDT                                                     -
+    0x03000   GDT, TSS with I/O bitmap, exception stubs               -
+    0x04000   ring-0 and IST stack, growing down from 0x06000         -
+    0x06000   console input ring, 4 KiB                               read-write
+    0x10000   console output ring, 128 KiB                            read-write
+    0x30000   page tables                                             -
+
+What a CPU walks or pushes to must not fault: KVM would emulate the guest's instruction with the table's
+address for its operand (seen with nested paging). Hence one slot of its own, registered at once.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any
+
+from kvmmm.errors import ImageError, StateError
+from kvmmm.hostarch.access import EXECUTE, READ, READ_WRITE, WRITE
+from kvmmm.hostarch.addr import GIANT_PAGE_BYTES, HUGE_PAGE_BYTES, PAGE_BYTES, align_up
+from kvmmm.hostarch.ranges import FileRange
+from kvmmm.pagetables import PageTables
+from kvmmm.pagetables.pte import flags_of
+from kvmmm.platform.kvm import boot
+from kvmmm.safemem.ffi import ffi, lib
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvmmm.arena import Arena
+
+CONSOLE_OFFSET = 0x0
+REPORT_OFFSET = 0x100
+BOOT_INFO_OFFSET = 0x140
+REGIONS_OFFSET = 0x200
+IDT_OFFSET = 0x2000
+GDT_OFFSET = 0x3000
+TSS_OFFSET = 0x3100
+STUBS_OFFSET = 0x3400
+IST_TOP_OFFSET = 0x6000
+INPUT_OFFSET = 0x6000
+INPUT_BYTES = 0x1000
+OUTPUT_OFFSET = 0x10000
+OUTPUT_BYTES = 0x20000
+TABLES_OFFSET = 0x30000
+
+_USER_PARTS = ((0, IDT_OFFSET), (INPUT_OFFSET, INPUT_BYTES), (OUTPUT_OFFSET, OUTPUT_BYTES))
+_KERNEL_PARTS = (
+    (IDT_OFFSET, GDT_OFFSET - IDT_OFFSET, READ_WRITE),
+    (GDT_OFFSET, 0x1000, READ | WRITE | EXECUTE),
+    (0x4000, IST_TOP_OFFSET - 0x4000, READ_WRITE),
+)
+_REGION = struct.Struct("<QQII")
+_CONSOLE_HEAD = struct.Struct("<QQII")
+
+
+def system_area_bytes(memory_bytes: int) -> int:
+    """Return how large the area of a guest with that much memory is.
+
+    2 MiB hold the fixed part and 460 tables; a page directory a GiB and some 4 KiB tables fit for
+    hundreds of GiB, and larger guests get more.
+    """
+    tables = memory_bytes // GIANT_PAGE_BYTES + 64
+    return align_up(TABLES_OFFSET + tables * PAGE_BYTES, HUGE_PAGE_BYTES)
+
+
+class SystemArea:
+    """The pages themselves, and the layout in them.
+
+    Attributes:
+        start: Guest-physical (and, under the boot tables, virtual) address of the first page.
+        end: One past the last.
+        file_range: The arena frames behind it.
+        tables: The boot page tables; None before `build_tables`.
+    """
+
+    __slots__ = (
+        "_free", "_giant_pages", "_next", "_view", "_words", "arena", "end", "file_range", "start",
+        "tables",
+    )  # fmt: skip
+
+    def __init__(self, arena: Arena, start: int, length_bytes: int, *, giant_pages: bool) -> None:
+        self.arena = arena
+        self.start = start
+        self.end = start + length_bytes
+        self.file_range: FileRange = arena.allocate(length_bytes, align_bytes=HUGE_PAGE_BYTES)
+        self._view = arena.view_of(self.file_range)
+        self._words = self._view.cast("Q")
+        self._giant_pages = giant_pages
+        self._free: list[int] = []
+        self._next = start + TABLES_OFFSET
+        self.tables: PageTables | None = None
+        self._write_descriptors()
+
+    def _write_descriptors(self) -> None:
+        stubs_gpa = self.start + STUBS_OFFSET
+        tss_gpa = self.start + TSS_OFFSET
+        view = self._view
+        view[IDT_OFFSET : IDT_OFFSET + boot.IDT_BYTES] = boot.idt(stubs_gpa)
+        view[GDT_OFFSET : GDT_OFFSET + boot.GDT_BYTES] = boot.gdt(tss_gpa)
+        view[TSS_OFFSET : TSS_OFFSET + boot.TSS_BYTES] = boot.tss(self.start + IST_TOP_OFFSET)
+        view[STUBS_OFFSET : STUBS_OFFSET + boot.STUBS_BYTES] = boot.STUBS
+
+    @property
+    def hva(self) -> int:
+        """Host address of the first byte."""
+        return self.arena.hva + self.file_range.start
+
+    @property
+    def boot_info_gpa(self) -> int:
+        """Guest address of struct kvmmm_boot_info."""
+        return self.start + BOOT_INFO_OFFSET
+
+    def read(self, gpa: int, length_bytes: int) -> bytes:
+        """Return bytes of the area; empty where [gpa, gpa + length_bytes) does not lie inside it."""
+        offset = gpa - self.start
+        if offset < 0 or gpa + length_bytes > self.end:
+            return b""
+        return bytes(self._view[offset : offset + length_bytes])
+
+    def layout(self) -> boot.BootLayout:
+        """Return what a CPU's start state needs; the tables must have been built."""
+        if self.tables is None:
+            raise StateError("the boot tables have not been built")
+        return boot.BootLayout(
+            root_gpa=self.tables.root_gpa,
+            gdt_gpa=self.start + GDT_OFFSET,
+            idt_gpa=self.start + IDT_OFFSET,
+            tss_gpa=self.start + TSS_OFFSET,
+            stubs_gpa=self.start + STUBS_OFFSET,
+            ist_top_gpa=self.start + IST_TOP_OFFSET,
+        )
+
+    # ---- page tables: this object is their allocator (pagetables.TableAllocator) ----
+
+    def allocate(self) -> tuple[int, memoryview]:
+        """Return a zeroed table page: its guest-physical address and its 512 entries."""
+        if self._free:
+            gpa = self._free.pop()
+            entries = self.entries(gpa)
+            entries[:] = _EMPTY_TABLE
+            return gpa, entries
+        gpa = self._next
+        if gpa >= self.end:
+            raise StateError("the system area has no page left for page tables")
+        self._next = gpa + PAGE_BYTES
+        return gpa, self.entries(gpa)
+
+    def entries(self, gpa: int) -> memoryview:
+        """Return the 512 entries of a table page."""
+        first = (gpa - self.start) >> 3
+        return self._words[first : first + 512]
+
+    def free(self, gpa: int) -> None:
+        """Take a table page back."""
+        self._free.append(gpa)
+
+    def build_tables(self, ranges: Iterable[tuple[int, int, int]]) -> None:
+        """Build the boot tables anew: gva == gpa, with the permissions of the vmas.
+
+        Args:
+            ranges: [start, end) and access bits, ascending. User-accessible, so that a guest may drop
+                to ring 3; page 0 is nobody's.
+        """
+        if self.tables is not None:
+            self.tables.release()
+        tables = PageTables(self, giant_pages=self._giant_pages)
+        for start, end, perms in ranges:
+            flags = flags_of(perms, user=True)
+            if flags:
+                tables.map(start, end - start, start, flags)
+        for offset, length in _USER_PARTS:
+            tables.map(self.start + offset, length, self.start + offset, flags_of(READ_WRITE, user=True))
+        for offset, length, perms in (
+            *_KERNEL_PARTS,
+            (TABLES_OFFSET, self.end - self.start - TABLES_OFFSET, READ_WRITE),
+        ):
+            tables.map(self.start + offset, length, self.start + offset, flags_of(perms, user=False))
+        self.tables = tables
+
+    # ---- what the guest reads ----
+
+    def write_boot_info(
+        self, regions: list[tuple[int, int, int, int]], command_line: str, memory_bytes: int,
+        stack_top: int, cpu_features: int, tsc_hz: int,
+    ) -> None:  # fmt: skip
+        """Fill in struct kvmmm_boot_info and what it points to.
+
+        Args:
+            regions: (start, end, kind, flags) of struct kvmmm_region, ascending.
+            command_line: Handed to the guest as NUL-terminated UTF-8.
+            memory_bytes: What the boot tables map.
+            stack_top: Initial stack pointer.
+            cpu_features: KVMMM_CPU_* bits.
+            tsc_hz: TSC frequency, or 0.
+
+        Raises:
+            ImageError: The command line and the memory map do not fit.
+        """
+        view = self._view
+        offset = REGIONS_OFFSET
+        for region in regions:
+            if offset + _REGION.size > IDT_OFFSET:
+                break
+            _REGION.pack_into(view, offset, *region)
+            offset += _REGION.size
+        text = command_line.encode() + b"\0"
+        if offset + len(text) > IDT_OFFSET:
+            room = IDT_OFFSET - REGIONS_OFFSET - len(regions) * _REGION.size - 1
+            raise ImageError("command line", f"{len(text) - 1} bytes are too many: {room} fit")
+        view[offset : offset + len(text)] = text
+        info = ffi.cast("struct kvmmm_boot_info *", self.hva + BOOT_INFO_OFFSET)
+        info.magic = lib.KVMMM_ABI_MAGIC
+        info.version = lib.KVMMM_ABI_VERSION
+        info.struct_bytes = _BOOT_INFO_BYTES
+        info.memory_bytes = memory_bytes
+        info.regions = self.start + REGIONS_OFFSET
+        info.n_regions = len(regions)
+        info.cmdline = self.start + offset
+        info.cmdline_bytes = len(text) - 1
+        info.console = self.start + CONSOLE_OFFSET
+        info.report = self.start + REPORT_OFFSET
+        info.stack_top = stack_top
+        info.cpu_features = cpu_features
+        info.tsc_hz = tsc_hz
+        _CONSOLE_HEAD.pack_into(
+            view, CONSOLE_OFFSET, self.start + OUTPUT_OFFSET, self.start + INPUT_OFFSET,
+            OUTPUT_BYTES, INPUT_BYTES,
+        )  # fmt: skip
+
+    def _console(self) -> Any:  # noqa: ANN401 - a cffi struct
+        return ffi.cast("struct kvmmm_console *", self.hva + CONSOLE_OFFSET)
+
+    def input_room(self) -> int:
+        """Return how many bytes fit into the input ring now; 0 when the guest's indexes make no sense."""
+        console = self._console()
+        used = int(console.in_head) - int(console.in_tail)
+        return INPUT_BYTES - used if 0 <= used <= INPUT_BYTES else 0
+
+    def put_input(self, chunk: bytes) -> None:
+        """Append to the input ring; the caller has asked for `input_room`."""
+        console = self._console()
+        head = int(console.in_head)
+        at = head % INPUT_BYTES
+        first = min(len(chunk), INPUT_BYTES - at)
+        ring = self._view[INPUT_OFFSET : INPUT_OFFSET + INPUT_BYTES]
+        ring[at : at + first] = chunk[:first]
+        ring[: len(chunk) - first] = chunk[first:]
+        console.in_head = head + len(chunk)
+
+    def end_input(self) -> None:
+        """Tell the guest that no more input comes."""
+        self._console().in_eof = 1
+
+    def test_report(self) -> tuple[int, int]:
+        """Return (passed, failed) as the guest counts them in struct kvmmm_report."""
+        passed, failed = struct.unpack_from("<II", self._view, REPORT_OFFSET)
+        return passed, failed
+
+    def close(self) -> None:
+        """Drop the tables and every view of the arena; the frames go with it."""
+        self.tables = None
+        self._words.release()
+        self._view.release()
+
+
+_EMPTY_TABLE = memoryview(bytes(PAGE_BYTES)).cast("Q")
+_BOOT_INFO_BYTES = ffi.sizeof("struct kvmmm_boot_info")

@@ -1,0 +1,84 @@
+"""An oracle for page tables: a walk as the manual describes it, sharing nothing with the code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmmm.pagetables import TableAllocator
+
+_ADDRESS = 0xFFFFFFFFFF000
+
+
+class Leaf(NamedTuple):
+    gva: int
+    length_bytes: int
+    gpa: int
+    flags: int
+
+
+class Tables(NamedTuple):
+    leaves: list[Leaf]
+    gpas: list[int]
+
+
+def _walk(allocator: TableAllocator, root_gpa: int) -> Tables:
+    leaves: list[Leaf] = []
+    gpas: list[int] = []
+
+    def visit(gpa: int, level: int, gva: int, rights: int, *, no_execute: bool) -> None:
+        gpas.append(gpa)
+        entries = allocator.entries(gpa)
+        assert len(entries) == 512
+        span = 4096 * 512 ** (level - 1)
+        n_present = 0
+        for i in range(512):
+            entry = entries[i]
+            if not entry & 1:
+                assert entry == 0, "absent entries hold nothing"
+                continue
+            n_present += 1
+            at = gva + i * span
+            if level == 4 and i >= 256:
+                at += 0xFFFF_0000_0000_0000
+            allowed = rights & entry & 0b110
+            nx = no_execute or bool(entry >> 63)
+            if level == 1 or entry & 0x80:
+                assert level <= 3, "no leaves in a PML4"
+                assert level > 1 or not entry & 0x80, "PS in a PTE would be PAT"
+                assert (entry & _ADDRESS) % span == 0, "reserved address bits of a superpage"
+                flags = entry & ~_ADDRESS & ~0x80 & ~0b110 & ~(1 << 63)
+                leaves.append(Leaf(at, span, entry & _ADDRESS, flags | allowed | nx << 63))
+            else:
+                visit(entry & _ADDRESS, level - 1, at, allowed, no_execute=nx)
+        assert n_present or level == 4, "an empty table was kept"
+
+    visit(root_gpa, 4, 0, 0b110, no_execute=False)
+    assert len(set(gpas)) == len(gpas), "a table is linked twice"
+    return Tables(leaves, gpas)
+
+
+def _n_needed(leaves: list[Leaf]) -> int:
+    parents = set()
+    for leaf in leaves:
+        span = leaf.length_bytes * 512
+        while span <= 1 << 39:
+            parents.add((span, leaf.gva // span))
+            span *= 512
+    return 1 + len(parents)
+
+
+@pytest.fixture(scope="session")
+def walk_raw() -> Callable[[TableAllocator, int], Tables]:
+    """All leaves and tables below a root; asserts that the tables are well formed."""
+    return _walk
+
+
+@pytest.fixture(scope="session")
+def n_tables_needed() -> Callable[[list[Leaf]], int]:
+    """How many tables these leaves need, by counting."""
+    return _n_needed
