@@ -3,33 +3,33 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from cffi import FFI
-
-ffi: FFI
+ffi: Any  # cffi.FFI; struct members have no static types
 
 class _Lib(Protocol):
     def __getattr__(self, name: str) -> int:
         """A constant of <linux/kvm.h> or kvmmm_abi.h, by its own name."""
     def kvmmm_ioctl(self, fd: int, request: int, argument: int, /) -> int:
-        """ioctl(2); -errno on failure."""
+        """Call ioctl(2); -errno on failure."""
     def kvmmm_punch_hole(self, fd: int, offset: int, n_bytes: int, /) -> int:
-        """fallocate(2) with FALLOC_FL_PUNCH_HOLE; -errno on failure."""
+        """Call fallocate(2) with FALLOC_FL_PUNCH_HOLE; -errno on failure."""
+    def kvmmm_sync_sregs(self, run: Any, /) -> Any:
+        """Struct kvm_sregs in kvm_run's synchronised area."""
     def kvmmm_now_ns(self) -> int:
         """CLOCK_MONOTONIC in ns."""
     def kvmmm_kick_init(self) -> int:
         """Install the kick signal's handler; its number, or -errno."""
     def kvmmm_kick_signal(self) -> int:
         """The kick signal's number, 0 before kvmmm_kick_init."""
-    def memset(self, dst: Any, byte: int, n_bytes: int, /) -> object:
-        """memset(3)."""
+    def memset(self, dst: object, byte: int, n_bytes: int, /) -> object:
+        """Fill memory."""
 
 lib: _Lib
 
 class HostMapping:
     """A shared read-write mapping of a file, at a multiple of `align_bytes`.
 
-    Offers the buffer protocol (format "B"). `close` unmaps, and raises BufferError while a buffer on
-    it is held; the mapping also goes with its last reference.
+    Offers the buffer protocol (format "B"). `close` unmaps, and raises BufferError while a buffer
+    on it is held; the mapping also goes with its last reference.
     """
 
     def __init__(self, fd: int, length_bytes: int, align_bytes: int) -> None: ...
@@ -114,6 +114,7 @@ class VcpuCore:
     def once(self, timeout_ns: int, /) -> object:
         """Run to the next exit: IoExit, MmioExit, an exit reason, or -enum kvmmm_stop."""
     def stop(self) -> None: ...
+    def clear_stop(self) -> None: ...
     def start(self) -> None: ...
     def finish(self) -> None: ...
     def wait(self, timeout_ns: int, /) -> int:

@@ -1,8 +1,9 @@
 """Everything that kvmmm raises, and the facts each error carries.
 
 Every error is a `KvmmmError` and also the builtin that Python people expect, so both
-`except kvmmm.KvmmmError` and `except OSError` work. Facts stand in attributes; the message says what
-happened, where, and what to do. `exit_code` is what the command line ends with (see `kvmmm run --help`).
+`except kvmmm.KvmmmError` and `except OSError` work. Facts stand in attributes; the message says
+what happened, where, and what to do. `exit_code` is what the command line ends with (see `kvmmm run
+--help`).
 """
 
 from __future__ import annotations

@@ -214,11 +214,11 @@ class SegmentSet(Generic[V]):
             self.merge_range(start, end)
 
     def merge_range(self, start: int, end: int) -> None:
-        """Merge what `merge` lets merge, among the segments that overlap or touch [start, end)."""
+        """Merge adjacent segments that meet in [start, end], where `merge` wants it."""
         if self._merge is None:
             return
         segment = self.lower_bound(max(start - 1, 0))
-        while segment is not None and segment[0] < end:
+        while segment is not None and segment[1] <= end:
             again = self._merge_next(*self._locate(segment[0]))
             segment = self.lower_bound(segment[0] if again else segment[1])
 

@@ -1,4 +1,4 @@
-/* hello: a guest starts, writes through the console ring, and ends. Expected: one line, status 0. */
+/* hello: a guest starts, prints through the console ring, ends. Expected: one line, status 0. */
 #include "kvmmm.h"
 
 int main(const struct kvmmm_boot_info *boot)

@@ -1,4 +1,4 @@
-/* hog: memory runs out politely. Expected: with a smaller arena than memory, "arena exhausted"; else status 0.
+/* hog: memory runs out politely. Expected: status 0; with --arena 16M "memory is exhausted".
  *
  * Touches one word in every page of free RAM, in ring 3, and says where it is on the way.
  */

@@ -1,4 +1,4 @@
-/* jump: a wild jump is reported with its target. Expected: stopped by a fault (execute) at 0xdead000.
+/* jump: a wild jump is reported with its target. Expected: a fault (execute) at 0xdead000.
  *
  * Options: to=0xdead000 (the default lies beyond 64 MiB of memory, where nothing is mapped at all;
  * an address in free RAM is mapped, but not executable), ring=3 (or 0).

@@ -15,7 +15,7 @@
 #include "kvmmm_abi.h"
 
 #define KVMMM_PAGE_BYTES 4096UL
-#define KVMMM_WINDOW_BYTES (2UL << 20) /* the host makes memory present in windows of at least this */
+#define KVMMM_WINDOW_BYTES (2UL << 20)  /* the least that the host makes present at once */
 #define KVMMM_STACK_BYTES (256UL << 10) /* what kvmmm_ram leaves alone below stack_top */
 
 enum kvmmm_status {
@@ -57,8 +57,8 @@ size_t console_read(void *bytes, size_t n);
 
 /* ---- Text (printf.c) ------------------------------------------------------------------------- */
 
-/* %d %i %u %x %p %s %c %%, with l, ll, z, a width, `-` and `0`. Returns what it would have written;
- * writes at most room bytes, the last of them a NUL.
+/* %d %i %u %x %p %s %c %%, with l, ll, z, a width, `-` and `0`. Writes at most room bytes, the last
+ * of them a NUL; returns how many it would have written, without the NUL.
  */
 size_t kvmmm_vformat(char *text, size_t room, const char *format, va_list args);
 size_t kvmmm_format(char *text, size_t room, const char *format, ...)
@@ -70,7 +70,7 @@ void kprintf(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* ---- Verdicts (report.c) --------------------------------------------------------------------- */
 
-/* Print `PASS: name` or `FAIL: name` and count it in struct kvmmm_report, where the host sees it. */
+/* Print `PASS: name` or `FAIL: name`, and count it where the host sees it (struct kvmmm_report). */
 void report(bool passed, const char *name, ...) __attribute__((format(printf, 2, 3)));
 
 /* Print `SUMMARY: 12 checks, 0 failed` and return the exit status: 0 or KVMMM_STATUS_FAILED. */
@@ -84,7 +84,7 @@ int kvmmm_args(const char *const **words);
 /* The value of the word `key=value`, or fallback. */
 const char *kvmmm_option(const char *key, const char *fallback);
 
-/* The same as a number: decimal or 0x…, then K, M or G. Anything else ends the run with status 2. */
+/* The same as a number: decimal or 0x…, then K, M or G. Or the run ends with status 2. */
 uint64_t kvmmm_option_number(const char *key, uint64_t fallback);
 
 /* End the run with status 2 if a word is not `key=…` of one of these space-separated keys. */

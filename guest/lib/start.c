@@ -23,7 +23,7 @@ int kvmmm_start(const struct kvmmm_boot_info *boot)
 
 void kvmmm_exit(int status)
 {
-    /* A byte: for a wider `out` the I/O bitmap must open the ports after this one to ring 3, too. */
+    /* A byte: a wider `out` asks the I/O bitmap for the ports after this one, too. */
     for (;;)
         kvmmm_out8(KVMMM_PORT_EXIT, (uint8_t)status);
 }

@@ -11,8 +11,7 @@ kvmmm_trap_stubs:
         .set vector, 0
         .rept 32
         .balign 16
-        .if (vector == 8) || ((vector >= 10) && (vector <= 14)) || (vector == 17) || (vector == 21) || (vector == 29) || (vector == 30)
-        .else
+        .ifeq (0x60227d00 >> vector) & 1 /* 8, 10 to 14, 17, 21, 29, 30: the CPU pushes one */
         push    $0
         .endif
         push    $vector

@@ -7,7 +7,7 @@
 
 struct gate {
     uint16_t offset_low, selector;
-    uint8_t ist, type;
+    uint8_t stack, type;
     uint16_t offset_middle;
     uint32_t offset_high, reserved;
 };

@@ -1,4 +1,4 @@
-/* nox: data cannot be executed. Expected: stopped by a fault (execute) at `code`, before it returns.
+/* nox: data cannot be executed. Expected: stopped by a fault (execute) at `code`.
  *
  * Option: ring=3 (or 0).
  */

@@ -1,4 +1,4 @@
-/* qemu: a kernel written for QEMU runs unchanged. Expected: two lines, status 33 (isa-debug-exit, value 16).
+/* qemu: a kernel written for QEMU runs unchanged. Expected: two lines, status 33 (2 * 16 + 1).
  *
  * Uses nothing of kvmmm but that it is entered in long mode with a stack: COM1 with the line status
  * register polled, the debug console at port 0xe9, and isa-debug-exit at 0xf4. All in ring 0, where

@@ -1,4 +1,4 @@
-/* spin: a guest that never ends can be stopped, and its last line was seen. Expected: the deadline ends it. */
+/* spin: what never ends can be stopped, its last line was seen. Expected: the deadline ends it. */
 #include "kvmmm.h"
 
 static int spin(void *arg)

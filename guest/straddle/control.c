@@ -59,7 +59,7 @@ void check_stack(void)
     run_checks(stack_checks, COUNT(stack_checks));
 }
 
-/* ---- Code: the four windows of .rwx (link-rwx.ld), used from the last to the first. ------------ */
+/* ---- Code: the four windows of .rwx (link-rwx.ld). ------------------------------------------- */
 
 extern uint8_t __rwx_start[];
 
@@ -73,7 +73,8 @@ static void call_zeros(const uint8_t *code, uint8_t *byte)
 
 void check_code(void)
 {
-    static const uint8_t program[] = {0xb8, 0xef, 0xbe, 0xad, 0xde, RET}; /* mov $0xdeadbeef, %eax */
+    /* mov $0xdeadbeef, %eax; ret */
+    static const uint8_t program[] = {0xb8, 0xef, 0xbe, 0xad, 0xde, RET};
     static uint8_t bytes[512];
     uint8_t *first = __rwx_start, *second = first + KVMMM_WINDOW_BYTES;
     uint8_t *third = second + KVMMM_WINDOW_BYTES, *fourth = third + KVMMM_WINDOW_BYTES;

@@ -1,4 +1,4 @@
-/* straddle: accesses across page and window edges of untouched memory leave the right bytes. Expected: every check passes, status 0.
+/* straddle: accesses over edges of untouched memory are exact. Expected: no check fails, status 0.
  *
  * Ring 3. Loads, stores, read-modify-write, string, SSE, AVX and x87 instructions, push and call on
  * an untouched stack, code in untouched pages. Options: only=scalar|string|sse|avx|stack|code,

@@ -1,4 +1,4 @@
-/* straddle, string instructions: rep movs, stos, lods, scas and cmps over edges, both directions. */
+/* straddle, string instructions: rep movs, stos, lods, scas, cmps over edges, both directions. */
 #include "straddle.h"
 
 /* di, si and cx are expressions of `at` (untouched) and `out` (resident, 128 bytes of it free). */
@@ -7,7 +7,7 @@
     {                                                                                              \
         uint8_t *to = (di), *from = (si);                                                          \
         uint64_t count = (cx), a = 0x1122334455667788, flags;                                      \
-        asm volatile("cmp %%eax, %%eax; " instruction "; pushfq; popq %4; cld"                                         \
+        asm volatile("cmp %%eax, %%eax; " instruction "; pushfq; popq %4; cld"                     \
                      : "+D"(to), "+S"(from), "+c"(count), "+a"(a), "=r"(flags)                     \
                      :                                                                             \
                      : "memory", "cc");                                                            \
@@ -57,7 +57,8 @@ enum { LONG_BYTES = 3 * 4096, LONG_OFFSET = 5003 };
 /* Several pages on either side, from untouched to untouched memory, misaligned. */
 static void check_long(void)
 {
-    uint8_t *from = fresh_window_edge(NONE) - LONG_OFFSET, *to = fresh_window_edge(NONE) - LONG_OFFSET;
+    uint8_t *from = fresh_window_edge(NONE) - LONG_OFFSET;
+    uint8_t *to = fresh_window_edge(NONE) - LONG_OFFSET;
     uint8_t *di = from, *si = from;
     uint64_t n = LONG_BYTES / 8;
     bool right = true;

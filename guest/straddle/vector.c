@@ -1,15 +1,15 @@
 /* straddle, SSE, x87 and 16-byte atomics: what KVM's emulator mostly does not know. */
 #include "straddle.h"
 
-/* rdi = at, rsi = out; xmm0 to xmm2 and rax, rbx, rcx, rdx start from the pattern. gcc keeps nothing
- * in vector registers (-mgeneral-regs-only), so they need no clobbers, and may not have any.
+/* rdi = at, rsi = out; xmm0 to xmm2 start from the pattern, rdx:rax are zero. gcc keeps nothing in
+ * vector registers (-mgeneral-regs-only), so they need no clobbers, and may not have any.
  */
 #define VECTOR(name, instruction)                                                                  \
     static void name(uint8_t *at, uint8_t *out)                                                    \
     {                                                                                              \
         uint64_t a = 0, b = 0x0123456789abcdef, c = 0xfedcba9876543210, d = 0, flags;              \
         asm volatile("movdqu (%6), %%xmm0; movdqu 16(%6), %%xmm1; movdqu 32(%6), %%xmm2\n"         \
-                     "test %%eax, %%eax\n"                                                        \
+                     "test %%eax, %%eax\n"                                                         \
                      instruction "; pushfq; popq %4\n"                                             \
                      "movdqu %%xmm0, (%%rsi); movdqu %%xmm1, 16(%%rsi); movdqu %%xmm2, 32(%%rsi)"  \
                      : "+a"(a), "+b"(b), "+c"(c), "+d"(d), "=&r"(flags)                            \

@@ -1,4 +1,4 @@
-/* traps: a guest with an IDT of its own handles its exceptions. Expected: every check passes, status 0.
+/* traps: a guest handles exceptions by an IDT of its own. Expected: no check fails, status 0.
  *
  * The handler is installed in ring 0; the exceptions come from ring 3, the way on is past them.
  */

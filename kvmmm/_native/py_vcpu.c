@@ -243,6 +243,20 @@ static PyObject *call_or_return(PyObject *handler, PyObject *exit)
     return result;
 }
 
+/* KVM_RUN itself failed: IoctlError, which the layer above us defines and everybody above expects. */
+static PyObject *raise_run_failed(struct kvmmm_vcpu *v, int err)
+{
+    PyObject *errors = PyImport_ImportModule("kvmmm.errors");
+    PyObject *type = errors ? PyObject_GetAttrString(errors, "IoctlError") : NULL;
+    PyObject *error = type ? PyObject_CallFunction(type, "ssi", "KVM_RUN", "", err) : NULL;
+    if (error)
+        PyErr_SetObject(type, error);
+    Py_XDECREF(error);
+    Py_XDECREF(type);
+    Py_XDECREF(errors);
+    return NULL;
+}
+
 static PyObject *serve_event(struct py_vcpu *self, int event)
 {
     struct kvmmm_vcpu *v = self->v;
@@ -263,7 +277,7 @@ static PyObject *serve_event(struct py_vcpu *self, int event)
     case KVMMM_EV_COLD:
         return call_or_return(self->on_cold, PyLong_FromUnsignedLong(v->run->exit_reason));
     default:
-        return raise_errno(-event);
+        return raise_run_failed(v, -event);
     }
 }
 
@@ -310,6 +324,16 @@ static PyObject *vcpu_stop(PyObject *op, PyObject *ignored)
     if (!v)
         return NULL;
     kvmmm_vcpu_stop(v);
+    Py_RETURN_NONE;
+}
+
+static PyObject *vcpu_clear_stop(PyObject *op, PyObject *ignored)
+{
+    struct kvmmm_vcpu *v = state_of(op);
+    if (!v)
+        return NULL;
+    atomic_store(&v->stop, KVMMM_STOP_NONE);
+    v->run->immediate_exit = 0;
     Py_RETURN_NONE;
 }
 
@@ -475,6 +499,7 @@ static PyMethodDef vcpu_methods[] = {
     {"run", vcpu_run, METH_O, "Run until a handler answers; timeout in ns, 0 for none."},
     {"once", vcpu_once, METH_O, "Run until the next exit; timeout in ns, 0 for none."},
     {"stop", vcpu_stop, METH_NOARGS, "Ask the vCPU to stop, from any thread."},
+    {"clear_stop", vcpu_clear_stop, METH_NOARGS, "Forget a stop that nobody has answered."},
     {"start", vcpu_start, METH_NOARGS, "A run begins, as the thread that waits sees it."},
     {"finish", vcpu_finish, METH_NOARGS, "The run is over; wakes the thread that waits."},
     {"wait", vcpu_wait, METH_O, "Wait: 1 finished, 2 console output, 0 after that many ns."},

@@ -79,7 +79,9 @@ static int serve_io(struct kvmmm_vcpu *v)
 static int serve_interrupt(struct kvmmm_vcpu *v)
 {
     v->n_interrupted++;
-    uint32_t stop = atomic_load(&v->stop);
+    /* Taken exactly once. One that comes after this line is seen by the next enter, which sets
+     * immediate_exit anew. */
+    uint32_t stop = atomic_exchange(&v->stop, KVMMM_STOP_NONE);
     if (!stop && v->deadline_ns && kvmmm_now_ns() >= v->deadline_ns)
         stop = KVMMM_STOP_DEADLINE;
     if (!stop)
@@ -88,7 +90,6 @@ static int serve_interrupt(struct kvmmm_vcpu *v)
     v->stop_reason = stop;
     v->deadline_ns = 0;
     v->run->immediate_exit = 0;
-    atomic_store(&v->stop, KVMMM_STOP_NONE);
     return KVMMM_EV_STOPPED;
 }
 
@@ -231,6 +232,10 @@ int kvmmm_vcpu_wait(struct kvmmm_vcpu *v, int64_t timeout_ns)
         if (left_ns <= 0)
             return 0;
         bool polling = state & KVMMM_POLLING;
+        if (atomic_load(&v->stop)) { /* asked to stop, and has not answered: ask again */
+            kvmmm_vcpu_kick(v);
+            polling = true;
+        }
         if (futex_wait(&v->state, state, polling && left_ns > POLL_NS ? POLL_NS : left_ns) == -EINTR)
             return -EINTR;
         if (!polling)

@@ -7,5 +7,6 @@ Four address spaces, each with a type of its own so that mypy refuses to mix the
     HostVirt    hva   an address in this process; never leaves safemem, arena, platform.kvm
     FileOffset  fo    an offset in the memfd behind an arena
 
-Ranges are half-open, everywhere, and printed `[0x1000, 0x2000)`. All range arithmetic is `AddrRange`.
+Ranges are half-open, everywhere, and printed `[0x1000, 0x2000)`. All range arithmetic is
+`AddrRange`.
 """

@@ -1,6 +1,7 @@
 """Access bits: what an access does, and what a mapping allows.
 
-Plain ints, because `enum.IntFlag` costs 0.7 us for one `&` (and three times that right after an exit).
+Plain ints, because `enum.IntFlag` costs 0.7 us for one `&` (and three times that right after an
+exit).
 """
 
 from __future__ import annotations

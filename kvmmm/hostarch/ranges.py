@@ -74,7 +74,7 @@ class AddrRange:
         return type(self)(start, end) if start < end else type(self)(self.start, self.start)
 
     def aligned_out(self, align_bytes: int) -> Self:
-        """Return the smallest range around this one with both ends at multiples of `align_bytes`."""
+        """Return the smallest range around this one whose ends are multiples of `align_bytes`."""
         return type(self)(align_down(self.start, align_bytes), align_up(self.end, align_bytes))
 
 

@@ -36,7 +36,7 @@ def parse_duration_ns(duration: float | str) -> int:
         match = _DURATION.fullmatch(duration)
         if match is None:
             raise ValueError(
-                f"{duration!r} is no duration: write a number and ns, us, ms, s, m or h, such as 10s"
+                f"{duration!r} is no duration: write a number and ns, us, ms, s, m or h: 10s"
             )
         duration_ns = int(float(match[1]) * _NS[match[2] or "s"])
     else:

@@ -20,9 +20,8 @@ def maps(mm: MemoryManager) -> str:
                 min(pma_end, end) - max(pma_start, start)
                 for pma_start, pma_end, _ in mm.pmas.segments(start, end)
             )
-            lines.append(
-                f"{start:012x}-{end:012x} {access_str(vma.perms)}p {backed >> 10:>10} KiB  {vma.name}"
-            )
+            perms = access_str(vma.perms)
+            lines.append(f"{start:012x}-{end:012x} {perms}p {backed >> 10:>10} KiB  {vma.name}")
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
@@ -37,7 +36,9 @@ def check_invariants(mm: MemoryManager) -> None:
         mm.pmas.check_invariants()
         for kind, segments in (("vma", mm.vmas), ("pma", mm.pmas)):
             for start, end, _ in segments:
-                _require(not (start | end) & PAGE_MASK, f"{kind} [{start:#x}, {end:#x}) is unaligned")
+                _require(
+                    not (start | end) & PAGE_MASK, f"{kind} [{start:#x}, {end:#x}) is unaligned"
+                )
         for start, end, pma in mm.pmas:
             for gap_start, _gap_end in mm.vmas.gaps(start, end):
                 _require(False, f"a pma without a vma at {gap_start:#x}")

@@ -69,7 +69,9 @@ def copy_out(
     return done
 
 
-def read(mm: MemoryManager, addr: int, length_bytes: int, *, ignore_permissions: bool = False) -> bytes:
+def read(
+    mm: MemoryManager, addr: int, length_bytes: int, *, ignore_permissions: bool = False
+) -> bytes:
     """Return `length_bytes` of guest memory at `addr`; errors as in `copy_in`."""
     dst = bytearray(length_bytes)
     copy_in(mm, addr, dst, ignore_permissions=ignore_permissions)
@@ -92,11 +94,12 @@ def zero_out(mm: MemoryManager, addr: int, length_bytes: int) -> int:
 
 
 def _blocks(mm: MemoryManager, addr: int, length_bytes: int, access: int) -> Iterator[memoryview]:
-    """Yield the host's view of [addr, addr + length_bytes), one block a pma, backing what is not yet."""
+    """Yield the host's view of a range, one block a pma, backing what is not yet."""
     done = 0
     while done < length_bytes:
         at = addr + done
-        # Taken anew for each block: a block is a window or more, and the caller copies without locks.
+        # Taken anew for each block: a block is a window or more, and the caller copies without
+        # locks.
         with mm.mapping_lock, mm.active_lock:
             try:
                 vma_start, vma_end, _vma = check_access_locked(mm, at, access)

@@ -1,4 +1,4 @@
-"""`MemoryManager`: one guest address space. Its methods are spread over the files of this package."""
+"""`MemoryManager`: one guest address space; its methods are spread over this package."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class MemoryManager:
         self.home: Home | None = None
 
     def reserve_home(self, length_bytes: int) -> None:
-        """Reserve arena offsets for [0, length_bytes), uncommitted; does nothing if they do not fit."""
+        """Reserve arena offsets for [0, length_bytes), uncommitted; nothing if they do not fit."""
         reservation = self.arena.reserve(length_bytes, align_bytes=1 << 21)
         if reservation is not None:
             self.home = pma.Home(self.arena, reservation, 0)

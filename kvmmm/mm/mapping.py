@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from kvmmm.errors import GuestFaultError, RangeError
 from kvmmm.hostarch.access import ANY_ACCESS, READ
-from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.mm import pma as pmas
 from kvmmm.mm.vma import Vma
 
 if TYPE_CHECKING:
+    from kvmmm.hostarch.ranges import AddrRange
     from kvmmm.mm.manager import MemoryManager
 
 
@@ -37,7 +37,7 @@ def mmap(mm: MemoryManager, ar: AddrRange, perms: int, name: str = "") -> None:
 
 
 def munmap(mm: MemoryManager, ar: AddrRange) -> None:
-    """Remove every mapping in `ar`, and free its frames. Holes are no error, as in munmap(2).
+    """Remove what is mapped in `ar`, and free its frames; holes are no error.
 
     Raises:
         RangeError: `ar` is unaligned, empty, or ends above `max_addr`.
@@ -86,9 +86,9 @@ def populate(mm: MemoryManager, ar: AddrRange) -> None:
             end = min(found[1], ar.end)
             for start, stop in list(mm.pmas.gaps(addr, end)):
                 pmas.insert_locked(mm, start, stop)
-            for start, stop, pma in list(mm.pmas.segments(addr, end)):
-                start, stop = max(start, addr), min(stop, end)
-                fr = pma.file_range(start, stop)
+            for pma_start, pma_end, pma in list(mm.pmas.segments(addr, end)):
+                start = max(pma_start, addr)
+                fr = pma.file_range(start, min(pma_end, end))
                 mm.address_space.map_file(start, pma.file, fr, found[2].effective_perms)
             addr = end
 

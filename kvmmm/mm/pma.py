@@ -1,12 +1,13 @@
 """pmas: which frames back an address, and how new ones are found.
 
 A fault does not allocate a page but a window around it: 2 MiB at first, doubling while faults go
-upwards through a vma, so that touching 64 MiB in order takes a handful of faults. Frames are reserved
+upwards through a vma, so that touching 64 MiB in order takes a handful of faults. Frames are
+reserved
 file range, not memory: nothing is committed until the guest touches it.
 
-gpa and file offset agree modulo 2 MiB, so that the host may back the guest with huge pages. Where the
-arena has room, an mm's frames lie at one fixed distance from their addresses (its *home*), so that
-neighbouring windows are one pma and could be one memslot.
+gpa and file offset agree modulo 2 MiB, so that the host may back the guest with huge pages. Where
+the arena has room, an mm's frames lie at one fixed distance from their addresses (its *home*), so
+that neighbouring windows are one pma and could be one memslot.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kvmmm.hostarch.ranges import FileRange
 from kvmmm.segment import SegmentSet
 
 if TYPE_CHECKING:
-    from kvmmm.arena import Arena
+    from kvmmm.arena import Arena, Reservation
     from kvmmm.mm.manager import MemoryManager
     from kvmmm.platform.base import File
 
@@ -59,20 +60,20 @@ def new_pma_set() -> SegmentSet[Pma]:
 
 
 class Home:
-    """A run of arena offsets reserved for one mm: address + delta, as long as nobody sits there.
+    """Arena offsets reserved for one mm: address + delta, as long as nobody sits there.
 
     Nothing is committed by it. It makes windows that touch in the guest touch in the arena.
     """
 
     __slots__ = ("arena", "delta", "reservation")
 
-    def __init__(self, arena: Arena, reservation: FileRange, start: int) -> None:
+    def __init__(self, arena: Arena, reservation: Reservation, start: int) -> None:
         self.arena = arena
         self.reservation = reservation
         self.delta = reservation.start - start
 
     def allocate(self, start: int, length_bytes: int) -> FileRange | None:
-        """Return the frames at home for [start, start + length_bytes), or None if they are taken."""
+        """Return the frames at home for such a range of addresses, or None if they are taken."""
         try:
             return self.arena.allocate(
                 length_bytes, at=start + self.delta, reservation=self.reservation
@@ -93,7 +94,9 @@ class Window:
         self.length_bytes = 0
         self.next_start = -1
 
-    def place(self, addr: int, gap: tuple[int, int], vma_bytes: int, least_bytes: int) -> tuple[int, int]:
+    def place(
+        self, addr: int, gap: tuple[int, int], vma_bytes: int, least_bytes: int
+    ) -> tuple[int, int]:
         """Return the window for a fault at `addr`, inside the unbacked range `gap` of one vma.
 
         Args:
@@ -115,7 +118,9 @@ class Window:
         return max(start, gap[0]), min(end, gap[1])
 
 
-def allocate_locked(mm: MemoryManager, addr: int, vma_start: int, vma_end: int) -> tuple[int, int, Pma]:
+def allocate_locked(
+    mm: MemoryManager, addr: int, vma_start: int, vma_end: int
+) -> tuple[int, int, Pma]:
     """Back a window around `addr` with fresh zero-filled frames; returns the pma inserted.
 
     Preconditions:
@@ -166,7 +171,9 @@ def insert_locked(mm: MemoryManager, start: int, end: int) -> tuple[int, int, Pm
     if mm.home is not None:
         fr = mm.home.allocate(start, length)
     if fr is None:
-        fr = mm.arena.allocate(length, align_bytes=HUGE_PAGE_BYTES, phase_bytes=start % HUGE_PAGE_BYTES)
+        fr = mm.arena.allocate(
+            length, align_bytes=HUGE_PAGE_BYTES, phase_bytes=start % HUGE_PAGE_BYTES
+        )
     pma = Pma(mm.arena, fr.start - start)
     mm.pmas.insert(start, end, pma)
     mm.counters.allocated_bytes += length

@@ -65,5 +65,3 @@ def check_access_locked(mm: MemoryManager, addr: int, access: int) -> tuple[int,
     if access & ~found[2].effective_perms:
         raise GuestFaultError(addr, access, mapped=True)
     return found
-
-

@@ -180,33 +180,27 @@ class ProtectWalk(EditWalk):
     def visit(self, entries: memoryview, level: int, first: int, count: int, gva: int) -> None:  # noqa: ARG002
         """Rewrite leaves."""
         place = entries[first : first + count]
-        old = place.tolist()
-        if not any(old):
+        if is_clear(place):
             return
-        new = self._uniform(place, old, level)
-        if new is None:
-            flags = self._flags | (PTE_PS if level > 1 else 0)
-            mixed = [e & PTE_ADDRESS_MASK | flags if e & PTE_P else e for e in old]
-            new = memoryview(array("Q", mixed))
-        if not self.changed:
-            self.changed = any((a ^ b) & _MEANING for a, b in zip(old, new, strict=True))
-        place[:] = new
+        span_bytes = 1 << LEVEL_SHIFTS[level]
+        flags = self._flags | (PTE_PS if level > 1 else 0)
+        old = place[0]
+        if old & PTE_P and place.tobytes() == leaf_run(old, span_bytes, count).tobytes():
+            # The usual case, without a loop: every leaf continues the first one.
+            new = old & PTE_ADDRESS_MASK | flags
+            self.changed |= bool((old ^ new) & _MEANING)
+            place[:] = leaf_run(new, span_bytes, count)
+            return
+        leaves = place.tolist()
+        mixed = [e & PTE_ADDRESS_MASK | flags if e & PTE_P else e for e in leaves]
+        self.changed |= any((a ^ b) & _MEANING for a, b in zip(leaves, mixed, strict=True))
+        place[:] = array("Q", mixed)
 
     def part(self, entries: memoryview, level: int, index: int, start: int, stop: int) -> None:
         """Split a superpage, unless it has these flags already."""
         old = entries[index]
         if old and (old & ~PTE_ADDRESS_MASK ^ self._flags ^ PTE_PS) & _MEANING:
             self.descend_into_new(entries, level, index, old, (start, stop))
-
-    def _uniform(self, place: memoryview, old: list[int], level: int) -> memoryview | None:
-        # The usual case without a loop: the run continues one leaf, and so does its successor.
-        if len(old) == 1 or not old[0] & PTE_P:
-            return None
-        span_bytes = 1 << LEVEL_SHIFTS[level]
-        if place.tobytes() != leaf_run(old[0], span_bytes, len(old)).tobytes():
-            return None
-        flags = self._flags | (PTE_PS if level > 1 else 0)
-        return leaf_run(old[0] & PTE_ADDRESS_MASK | flags, span_bytes, len(old))
 
 
 def _split(leaf: int, level: int) -> memoryview:

@@ -3,15 +3,16 @@
     mm ──map_file(addr, file, fr, perms)──► AddressSpace ──► a memslot, or a page-table entry
     mm ──unmap(ar)───────────────────────►
 
-An `AddressSpace` is a pure cache of the mm's pmas: it may be emptied at any time and is filled again on
-the next fault. Source: gVisor pkg/sentry/platform, AddressSpace; pkg/sentry/memmap, File.
+An `AddressSpace` is a pure cache of the mm's pmas: it may be emptied at any time and is filled
+again on the next fault. Source: gVisor pkg/sentry/platform, AddressSpace; pkg/sentry/memmap, File.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from kvmmm.hostarch.ranges import AddrRange, FileRange
+if TYPE_CHECKING:
+    from kvmmm.hostarch.ranges import AddrRange, FileRange
 
 
 class File(Protocol):
@@ -34,11 +35,13 @@ class File(Protocol):
 class AddressSpace(Protocol):
     """Translations that a CPU uses, from mm addresses to frames of files."""
 
-    max_addr: int
-    """Exclusive end of what can be mapped."""
+    @property
+    def max_addr(self) -> int:
+        """Exclusive end of what can be mapped."""
 
-    min_window_bytes: int
-    """The least that one fault should map: grows when translations become scarce."""
+    @property
+    def min_window_bytes(self) -> int:
+        """The least that one fault should map: grows when translations become scarce."""
 
     def map_file(self, addr: int, file: File, fr: FileRange, perms: int) -> None:
         """Make [addr, addr + fr.length_bytes) reach `fr` with `perms`; replaces what was there.
@@ -52,7 +55,8 @@ class AddressSpace(Protocol):
         """Remove every translation in `ar`; when it returns no CPU uses one of them.
 
         Raises:
-            StateError: A CPU runs, and this kind of address space can only be changed when none does.
+            StateError: A CPU runs, and this kind of address space can only be changed when none
+                does.
         """
 
     def is_mapped(self, addr: int, access: int) -> bool:

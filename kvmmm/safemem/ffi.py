@@ -1,7 +1,8 @@
 """The boundary to C: the only module that imports `kvmmm._core`.
 
-Here C's answers become Python's: -errno becomes `OSError`, a pointer becomes an int or a memoryview.
-What C offers is declared, with its documentation, in `kvmmm/_core.pyi` and `_native/core.h`.
+Here C's answers become Python's: -errno becomes `OSError`, a pointer becomes an int or a
+memoryview. What C offers is declared, with its documentation, in `kvmmm/_core.pyi` and
+`_native/core.h`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = [
 
 
 def ioctl(fd: int, request: int, argument: int = 0) -> int:
-    """Call ioctl(2) with the GIL released.
+    """Make an ioctl call with the GIL released.
 
     Args:
         fd: File descriptor.
@@ -46,7 +47,7 @@ def address_of(cdata: object) -> int:
 
 
 def _is_struct(cdata: object) -> bool:
-    return ffi.typeof(cdata).kind == "struct"  # type: ignore[arg-type]
+    return bool(ffi.typeof(cdata).kind == "struct")
 
 
 def punch_hole(fd: int, offset: int, length_bytes: int) -> None:
@@ -57,7 +58,9 @@ def punch_hole(fd: int, offset: int, length_bytes: int) -> None:
     """
     rc = lib.kvmmm_punch_hole(fd, offset, length_bytes)
     if rc:
-        raise OSError(-rc, f"fallocate(PUNCH_HOLE, {offset:#x}, {length_bytes:#x}): {os.strerror(-rc)}")
+        raise OSError(
+            -rc, f"fallocate(PUNCH_HOLE, {offset:#x}, {length_bytes:#x}): {os.strerror(-rc)}"
+        )
 
 
 def fill(hva: int, byte: int, length_bytes: int) -> None:

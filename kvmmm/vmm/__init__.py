@@ -1,8 +1,8 @@
-"""The composition root: a micro-VM out of device, arena, memory manager, page tables and a guest image.
+"""The composition root: a micro-VM out of device, arena, memory manager, tables and image.
 
     image.py, elf.py     what a guest file holds, checked before any VM exists
-    system_area.py       kvmmm's own pages in a guest: boot info, rings, IDT, GDT, TSS, stubs, boot tables
-    microvm.py           MicroVM: load, run, stop, close
+    system_area.py       kvmmm's own pages in a guest: boot info, rings, IDT, GDT, TSS, stubs, boot
+    tables microvm.py           MicroVM: load, run, stop, close
     supervisor.py        the vCPU's thread and the one that waits for it
     exit_handler.py      what each exit means: EPT violations, traps, console, exit status
     emulation.py         instructions that KVM could not emulate, made restartable

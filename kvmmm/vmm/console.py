@@ -1,8 +1,9 @@
 """The host's end of the guest's console.
 
-Output is drained by whoever notices it: the vCPU's thread when the guest rings or a run ends, the waiting
-thread while it polls. One lock keeps their chunks in order. Input is asked for by the guest, and served
-on the vCPU's thread, which a stop must be able to end: so it never waits longer than a moment at a time.
+Output is drained by whoever notices it: the vCPU's thread when the guest rings or a run ends, the
+waiting thread while it polls. One lock keeps their chunks in order. Input is asked for by the
+guest, and served on the vCPU's thread, which a stop must be able to end: so it never waits longer
+than a moment at a time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`CpuState`: all registers of a stopped vCPU, fetched when asked for.
 
-General registers stand in kvm_run; segment bases and control registers cost one ioctl, vector registers
-another. A fault needs the first, a report the second, a gather the third.
+General registers stand in kvm_run; segment bases and control registers cost one ioctl, vector
+registers another. A fault needs the first, a report the second, a gather the third.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ GENERAL = (
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags",
 )  # fmt: skip
 
-# XSAVE area, standard format (SDM Vol. 1 13.4): xmm registers, the header's bitmap, upper ymm halves.
+# XSAVE area, standard format (SDM Vol. 1 13.4): xmm registers, the header's bitmap, upper ymm
+# halves.
 _XMM_OFFSET, _XSTATE_BV_OFFSET, _YMMH_OFFSET = 160, 512, 576
 _XSTATE_AVX = 1 << 2
 
@@ -60,7 +61,7 @@ class CpuState:
         return int(self.sregs.gs.base)
 
     def vector(self, number: int) -> bytes | None:
-        """Return ymm`number`, 32 bytes, lowest byte first; None above 15 (AVX-512 is not offered)."""
+        """Return ymm`number`, 32 bytes, lowest first; None above 15 (AVX-512 is not offered)."""
         if number > 15:
             return None
         if not self._xsave:
@@ -70,7 +71,7 @@ class CpuState:
         has_high = struct.unpack_from("<Q", area, _XSTATE_BV_OFFSET)[0] & _XSTATE_AVX
         return low + (area[_YMMH_OFFSET + 16 * number :][:16] if has_high else bytes(16))
 
-    def mask(self, number: int) -> int | None:  # noqa: ARG002, PLR6301
+    def mask(self, number: int) -> int | None:  # noqa: ARG002
         """Return None: AVX-512 masks are unknown."""
         return None
 

@@ -1,14 +1,15 @@
 """Instructions that KVM had to emulate and could not: made restartable.
 
-An access to a guest-physical address without a slot is emulated by KVM, which knows plain moves but not
-AVX, x87 or cmpxchg16b, and cannot fetch instructions from there at all. With
-KVM_CAP_EXIT_ON_EMULATION_FAILURE nothing has happened yet when it gives up: make everything present that
-the instruction touches, and let the CPU run it again. Newer kernels emulate more; nothing here depends on
-which instructions those are.
+An access to a guest-physical address without a slot is emulated by KVM, which knows plain moves
+but not AVX, x87 or cmpxchg16b, and cannot fetch instructions from there at all. With
+KVM_CAP_EXIT_ON_EMULATION_FAILURE nothing has happened yet when it gives up: make everything
+present that the instruction touches, and let the CPU run it again. Newer kernels emulate more;
+nothing here depends on which instructions those are.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from kvmmm.errors import GuestFaultError, KvmmmError
@@ -68,10 +69,8 @@ class Provider:
         before = self.n_pages
         cpu = CpuState(self._vcpu)
         self._provide(cpu.rip, 1, EXECUTE)
-        try:
+        with suppress(GuestFaultError):  # the instruction need not be that long
             self._provide(cpu.rip + MAX_INSTRUCTION_BYTES - 1, 1, EXECUTE)
-        except GuestFaultError:
-            pass  # the instruction need not be that long
         code = self.read(cpu.rip, MAX_INSTRUCTION_BYTES) or instruction
         try:
             operands = memory_operands(code, cpu.rip, cpu)
@@ -87,14 +86,14 @@ class Provider:
         for page in pages_of(gva, length_bytes):
             gpa = self._vcpu.translate(max(page, gva))
             if gpa is None:
-                continue  # not mapped by the guest's own tables: the CPU raises #PF, which is the guest's
+                continue  # not in the guest's own tables: the CPU raises #PF, the guest's own
             if self._space.is_mapped(gpa, FETCH if access & EXECUTE else access):
                 continue
             self._mm.handle_user_fault(gpa, access)
             self.n_pages += 1
 
     def read(self, gva: int, length_bytes: int) -> bytes:
-        """Return guest memory through the CPU's page tables, up to the first byte that is not there."""
+        """Return guest memory through the CPU's page tables, up to the first absent byte."""
         data = b""
         for page in pages_of(gva, length_bytes):
             start = max(page, gva)

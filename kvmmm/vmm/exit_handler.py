@@ -1,6 +1,7 @@
 """What each exit means. Runs on the vCPU's thread, between two KVM_RUNs.
 
-Every method is a handler that the C loop calls: None goes on with the guest, a `RunResult` ends the run.
+Every method is a handler that the C loop calls: None goes on with the guest, a `RunResult` ends
+the run.
 
     MMIO exit ─────────► on_mmio ─► mm.handle_user_fault ─► slot ─► the access by hand
     emulation failure ─► on_cold ─► Provider.restart ─► mm.handle_user_fault for what is missing
@@ -161,7 +162,8 @@ class ExitHandler:
         self._repeats = self._repeats + 1 if fault == self._last_fault else 0
         self._last_fault = fault
         if sregs.cr3 != self._area.layout().root_gpa or self._repeats >= _MAX_REPEATS:
-            # Tables of the guest's own: what they forbid is its own business, and it has no handler.
+            # Tables of the guest's own: what they forbid is its own business, and it has no
+            # handler.
             return self._reporter.exception(frame)
         self.n_page_faults += 1
         try:
@@ -187,7 +189,7 @@ class ExitHandler:
         if not self._coalesced and self._vcpu.legacy_bytes:
             self._coalesced = True
             ports = (lib.KVMMM_PORT_COM1, lib.KVMMM_PORT_DEBUGCON)
-            if all([self._vm.coalesce_port(port) for port in ports]):
+            if all(self._vm.coalesce_port(port) for port in ports):
                 self._vcpu.set_coalesced(self._vm.coalesced_page)
 
     def on_input(self, _port: int, _value: int) -> None:
@@ -195,11 +197,11 @@ class ExitHandler:
         self._console.drain()  # a prompt should be seen before its answer is waited for
         self._console.fill_input(self._area, self._is_stopping)
 
-    def on_exit(self, _port: int, value: int) -> RunResult:  # noqa: PLR6301
+    def on_exit(self, _port: int, value: int) -> RunResult:
         """End the run with the guest's status."""
         return RunResult(result.EXITED, status=value & 0xFF)
 
-    def on_debug_exit(self, _port: int, value: int) -> RunResult:  # noqa: PLR6301
+    def on_debug_exit(self, _port: int, value: int) -> RunResult:
         """End the run as QEMU's isa-debug-exit does."""
         return RunResult(result.EXITED, status=(value << 1 | 1) & 0xFF)
 

@@ -41,10 +41,8 @@ if TYPE_CHECKING:
 # instructions.
 _RUN_UP_BYTES = 64
 
-# Prefixes that do nothing in 64-bit mode (es, cs, ss, ds), and those that may.
+# es, cs, ss, ds: prefixes that do nothing in 64-bit mode.
 _IDLE_PREFIXES = frozenset({0x26, 0x2E, 0x36, 0x3E})
-_REP_PREFIXES = frozenset({0xF2, 0xF3})
-_LEGACY_PREFIXES = _IDLE_PREFIXES | _REP_PREFIXES | {0x64, 0x65, 0x66, 0x67, 0xF0}
 
 
 def disassemble(code: bytes, rip: int) -> str | None:
@@ -206,10 +204,7 @@ def _votes(code: bytes, end: int) -> dict[int, int]:
 
 def _is_padded(insn: Insn) -> bool:
     # Whether it begins with a prefix that does nothing: sooner the end of what stands before it.
-    first, second = insn.bytes[0], insn.bytes[1] if insn.size > 1 else 0
-    if first & 0xF0 == 0x40:  # REX counts directly before the opcode only
-        return second & 0xF0 == 0x40 or second in _LEGACY_PREFIXES
-    if first in _REP_PREFIXES:
-        # Either part of an SSE opcode, which capstone does not list as a prefix, or for a string.
-        return insn.prefix[0] in _REP_PREFIXES and not is_string(insn)
-    return first in _IDLE_PREFIXES
+    if insn.bytes[0] in _IDLE_PREFIXES:
+        return True
+    rest = _decoded(bytes(insn.bytes[1:]), insn.address + 1)
+    return rest is not None and rest.size == insn.size - 1 and text(rest) == text(insn)

@@ -48,7 +48,8 @@ class MicroVM:
     copies through `mm`.
 
     Args:
-        memory: Guest memory, as `64M` or in bytes; rounded up to 2 MiB. Costs nothing until touched.
+        memory: Guest memory, as `64M` or in bytes; rounded up to 2 MiB. Costs nothing until
+            touched.
         arena: Most that guest memory and kvmmm's own pages may take on the host; by default enough.
         console: Called with each chunk of guest output; None collects it in `RunResult.console`.
         console_input: File descriptor of the guest's console input; None is an empty one.
@@ -128,8 +129,8 @@ class MicroVM:
     ) -> None:  # fmt: skip
         """Load a guest: a static ELF64 file, or with `base` a flat binary.
 
-        Each segment becomes private memory with its own permissions; what is left of guest memory is
-        one read-write mapping. Page 0 is never mapped.
+        Each segment becomes private memory with its own permissions; what is left of guest memory
+        is one read-write mapping. Page 0 is never mapped.
 
         Args:
             image: A path, the bytes themselves, or what `read_image` returned.
@@ -162,7 +163,12 @@ class MicroVM:
         features |= lib.KVMMM_CPU_FSGSBASE if trial.has_fsgsbase else 0
         features |= lib.KVMMM_CPU_1GIB if self.vm.device.cpuid.has_giant_pages else 0
         regions = [
-            (start, end, lib.KVMMM_REGION_IMAGE if vma.name == "[image]" else lib.KVMMM_REGION_RAM, vma.perms)
+            (
+                start,
+                end,
+                lib.KVMMM_REGION_IMAGE if vma.name == "[image]" else lib.KVMMM_REGION_RAM,
+                vma.perms,
+            )
             for start, end, vma in self.mm.vmas
         ]
         regions.append((self.area.start, self.area.end, lib.KVMMM_REGION_SYSTEM, READ_WRITE))
@@ -186,7 +192,8 @@ class MicroVM:
             timeout: Deadline in seconds, or as `"250ms"`; None for none.
 
         Returns:
-            What it came to. A deadline or a stop leaves the guest able to run on; anything else ends it.
+            What it came to. A deadline or a stop leaves the guest able to run on; anything else
+            ends it.
 
         Raises:
             StateError: Nothing is loaded, it is running, or it has ended.
@@ -246,9 +253,10 @@ class MicroVM:
 
         Args:
             port: The port; ring 3 may use those of `boot.OPEN_PORTS`.
-            handler: `handler(exit)` with an `IoExit`, or with `value_only` `handler(port, value)`, which
-                is twice as fast. A `RunResult` it returns ends the run; None goes on. For IN, the first
-                kind sets `exit.value`, the second returns the number (its `value` is None).
+            handler: `handler(exit)` with an `IoExit`, or with `value_only` `handler(port, value)`,
+                which
+                is twice as fast. A `RunResult` it returns ends the run; None goes on. For IN, the
+                first kind sets `exit.value`, the second returns the number (its `value` is None).
             value_only: Which of the two.
         """
         kind = lib.KVMMM_PORT_KIND_VALUE if value_only else lib.KVMMM_PORT_KIND_EXIT
@@ -288,5 +296,3 @@ class MicroVM:
 def _free_of_hole(start: int, end: int) -> list[tuple[int, int]]:
     pieces = [(start, min(end, HOLE.start)), (max(start, HOLE.end), end)]
     return [(a, b) for a, b in pieces if a < b]
-
-

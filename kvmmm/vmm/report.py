@@ -335,7 +335,7 @@ def _map(state: GuestState, addr: int) -> Iterator[str]:
 
 def _vma_line(vma: Vma) -> str:
     start, end, perms, name = vma
-    return f"{access_str(perms)} [{start:#x}, {end:#x}) {_clipped(name, 40)}".rstrip()
+    return f"{access_str(perms)} [{start:#x}, {end:#x}) {_clipped(name, 24)}".rstrip()
 
 
 def _quoted(name: str) -> str:
@@ -356,4 +356,4 @@ def _wrapped(label: str, text: str) -> list[str]:
 
 
 def _screen(lines: list[str]) -> str:
-    return "\n".join(_clipped(line, MAX_COLUMNS) for line in lines) + "\n"
+    return "\n".join(_clipped(line.rstrip(), MAX_COLUMNS) for line in lines) + "\n"

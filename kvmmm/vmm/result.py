@@ -64,7 +64,7 @@ class RunResult:
 
     @property
     def exit_code(self) -> int:
-        """What the command line ends with: the guest's own status, or kvmmm's code for the cause."""
+        """What the command line ends with: the guest's status, or kvmmm's code for the cause."""
         return self.status if self.status is not None else _EXIT_CODES[self.outcome]
 
     def __repr__(self) -> str:

@@ -29,8 +29,8 @@ class RunStatistics:
     """
 
     __slots__ = (
-        "allocated_bytes", "coalesced_bytes", "console_bytes", "emulated_faults", "executes", "exits",
-        "guest_ns", "handler_ns", "ignored_ports", "mmio_faults", "n_slots", "page_faults",
+        "allocated_bytes", "coalesced_bytes", "console_bytes", "emulated_faults", "executes",
+        "exits", "guest_ns", "handler_ns", "ignored_ports", "mmio_faults", "n_slots", "page_faults",
         "peak_bytes", "pma_hits", "pma_insertions", "reads", "refused", "used_bytes", "vma_lookups",
         "writes",
     )  # fmt: skip
@@ -80,7 +80,7 @@ class RunStatistics:
 
     @property
     def ept_violations(self) -> int:
-        """Accesses that found no memslot, or not a writable one: MMIO exits and emulation failures."""
+        """Accesses that found no (writable) memslot: MMIO exits and emulation failures."""
         return self.mmio_faults + self.emulated_faults
 
     @property

@@ -30,7 +30,8 @@ class _Trapped:
     def __init__(self, cpu: CpuState, frame: TrapFrame) -> None:
         self._cpu = cpu
         self.values = cpu.values | {
-            "rip": frame.rip, "rsp": frame.rsp, "rflags": frame.rflags, "cs": frame.cs, "ss": frame.ss,
+            "rip": frame.rip, "rsp": frame.rsp, "rflags": frame.rflags, "cs": frame.cs,
+            "ss": frame.ss,
         }  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - a register
@@ -120,7 +121,11 @@ class StopReporter:
     ) -> RunResult:  # fmt: skip
         cpu = cpu or self._cpu(None)
         stop = report.StopFacts(
-            cause, self._state(cpu), elapsed_ns=self._elapsed_ns(), warnings=self._warnings(cpu), **facts
+            cause,
+            self._state(cpu),
+            elapsed_ns=self._elapsed_ns(),
+            warnings=self._warnings(cpu),
+            **facts,
         )
         return RunResult(outcome, report=report.render_stop(stop), addr=addr)
 
@@ -158,8 +163,8 @@ class StopReporter:
     def _warnings(self, cpu: CpuState | _Trapped) -> list[str]:
         """Say which of the things that a CPU writes to by itself lie in read-only memory.
 
-        There KVM emulates instructions with the table's address for their operand, or spins: whatever
-        else the report says, this explains it.
+        There KVM emulates instructions with the table's address for their operand, or spins:
+        whatever else the report says, this explains it.
         """
         sregs = cpu.sregs
         found = []

@@ -9,8 +9,9 @@
     0x10000   console output ring, 128 KiB                            read-write
     0x30000   page tables                                             -
 
-What a CPU walks or pushes to must not fault: KVM would emulate the guest's instruction with the table's
-address for its operand (seen with nested paging). Hence one slot of its own, registered at once.
+What a CPU walks or pushes to must not fault: KVM would emulate the guest's instruction with the
+table's address for its operand (seen with nested paging). Hence one slot of its own, registered at
+once.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from typing import TYPE_CHECKING, Any
 from kvmmm.errors import ImageError, StateError
 from kvmmm.hostarch.access import EXECUTE, READ, READ_WRITE, WRITE
 from kvmmm.hostarch.addr import GIANT_PAGE_BYTES, HUGE_PAGE_BYTES, PAGE_BYTES, align_up
-from kvmmm.hostarch.ranges import FileRange
 from kvmmm.pagetables import PageTables
 from kvmmm.pagetables.pte import flags_of
 from kvmmm.platform.kvm import boot
 from kvmmm.safemem.ffi import ffi, lib
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from kvmmm.arena import Arena
+    from kvmmm.hostarch.ranges import FileRange
+    from kvmmm.pagetables.image import TableImage
 
 CONSOLE_OFFSET = 0x0
 REPORT_OFFSET = 0x100
@@ -115,7 +117,7 @@ class SystemArea:
         return self.start + BOOT_INFO_OFFSET
 
     def read(self, gpa: int, length_bytes: int) -> bytes:
-        """Return bytes of the area; empty where [gpa, gpa + length_bytes) does not lie inside it."""
+        """Return bytes of the area; empty where the range does not lie inside it."""
         offset = gpa - self.start
         if offset < 0 or gpa + length_bytes > self.end:
             return b""
@@ -159,27 +161,33 @@ class SystemArea:
         self._free.append(gpa)
 
     def build_tables(self, ranges: Iterable[tuple[int, int, int]]) -> None:
-        """Build the boot tables anew: gva == gpa, with the permissions of the vmas.
+        """Build the boot tables, once, before the guest runs: gva == gpa, permissions of the vmas.
 
         Args:
-            ranges: [start, end) and access bits, ascending. User-accessible, so that a guest may drop
+            ranges: [start, end) and access bits, ascending. User-accessible, so that a guest may
+                drop
                 to ring 3; page 0 is nobody's.
         """
-        if self.tables is not None:
-            self.tables.release()
-        tables = PageTables(self, giant_pages=self._giant_pages)
-        for start, end, perms in ranges:
-            flags = flags_of(perms, user=True)
-            if flags:
-                tables.map(start, end - start, start, flags)
+        wanted = (tuple(ranges), self.start, self.end, self._giant_pages)
+        image = _table_images.get(wanted)
+        if image is not None:
+            # The next guest of the same shape: copied, not walked.
+            self.tables = PageTables.from_image(self, image, giant_pages=self._giant_pages)
+            return
+        self.tables = PageTables(self, giant_pages=self._giant_pages)
+        for start, end, flags in (*_guest_parts(wanted[0]), *self._own_parts()):
+            self.tables.map(start, end - start, start, flags)
+        if len(_table_images) >= _MAX_TABLE_IMAGES:
+            _table_images.clear()
+        _table_images[wanted] = self.tables.image()
+
+    def _own_parts(self) -> Iterator[tuple[int, int, int]]:
+        user = flags_of(READ_WRITE, user=True)
         for offset, length in _USER_PARTS:
-            tables.map(self.start + offset, length, self.start + offset, flags_of(READ_WRITE, user=True))
-        for offset, length, perms in (
-            *_KERNEL_PARTS,
-            (TABLES_OFFSET, self.end - self.start - TABLES_OFFSET, READ_WRITE),
-        ):
-            tables.map(self.start + offset, length, self.start + offset, flags_of(perms, user=False))
-        self.tables = tables
+            yield self.start + offset, self.start + offset + length, user
+        for offset, length, perms in _KERNEL_PARTS:
+            yield self.start + offset, self.start + offset + length, flags_of(perms, user=False)
+        yield self.start + TABLES_OFFSET, self.end, flags_of(READ_WRITE, user=False)
 
     # ---- what the guest reads ----
 
@@ -235,7 +243,7 @@ class SystemArea:
         return ffi.cast("struct kvmmm_console *", self.hva + CONSOLE_OFFSET)
 
     def input_room(self) -> int:
-        """Return how many bytes fit into the input ring now; 0 when the guest's indexes make no sense."""
+        """Return how many bytes fit into the input ring now; 0 when its indexes make no sense."""
         console = self._console()
         used = int(console.in_head) - int(console.in_tail)
         return INPUT_BYTES - used if 0 <= used <= INPUT_BYTES else 0
@@ -266,6 +274,17 @@ class SystemArea:
         self._words.release()
         self._view.release()
 
+
+def _guest_parts(ranges: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    for start, end, perms in ranges:
+        flags = flags_of(perms, user=True)
+        if flags:
+            yield start, end, flags
+
+
+_MAX_TABLE_IMAGES = 16
+_table_images: dict[object, TableImage] = {}
+"""Boot tables by what they map. A pure cache: a race builds one twice."""
 
 _EMPTY_TABLE = memoryview(bytes(PAGE_BYTES)).cast("Q")
 _BOOT_INFO_BYTES = ffi.sizeof("struct kvmmm_boot_info")

@@ -1,15 +1,13 @@
-"""An oracle for page tables: a walk as the manual describes it, sharing nothing with the code."""
+"""Tables to try, and an oracle: a walk as the manual has it, sharing nothing with the code."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from kvmmm.pagetables import TableAllocator
+from kvmmm.pagetables import MemoryTableAllocator, PageTables, TableAllocator
 
 _ADDRESS = 0xFFFFFFFFFF000
 
@@ -24,6 +22,23 @@ class Leaf(NamedTuple):
 class Tables(NamedTuple):
     leaves: list[Leaf]
     gpas: list[int]
+
+
+WalkRaw = Callable[[TableAllocator, int], Tables]
+
+
+class TablesAtHand:
+    """Tables over an allocator, and what they hold as plain tuples."""
+
+    def __init__(self, capacity_tables: int = 64, **options: int) -> None:
+        self.allocator = MemoryTableAllocator(capacity_tables)
+        self.pt = PageTables(self.allocator, **options)
+
+    def runs(self) -> list[tuple[int, int, int, int, int]]:
+        return [(r.gva, r.length_bytes, r.gpa, r.leaf_bytes, r.flags) for r in self.pt.mappings()]
+
+
+MakeTables = Callable[..., TablesAtHand]
 
 
 def _walk(allocator: TableAllocator, root_gpa: int) -> Tables:
@@ -73,7 +88,7 @@ def _n_needed(leaves: list[Leaf]) -> int:
 
 
 @pytest.fixture(scope="session")
-def walk_raw() -> Callable[[TableAllocator, int], Tables]:
+def walk_raw() -> WalkRaw:
     """All leaves and tables below a root; asserts that the tables are well formed."""
     return _walk
 
@@ -82,3 +97,21 @@ def walk_raw() -> Callable[[TableAllocator, int], Tables]:
 def n_tables_needed() -> Callable[[list[Leaf]], int]:
     """How many tables these leaves need, by counting."""
     return _n_needed
+
+
+@pytest.fixture(scope="session")
+def make_tables() -> MakeTables:
+    """Make empty tables: capacity_tables, and options of `PageTables`."""
+    return TablesAtHand
+
+
+@pytest.fixture
+def f() -> TablesAtHand:
+    """Tables without giant pages."""
+    return TablesAtHand()
+
+
+@pytest.fixture
+def giant() -> TablesAtHand:
+    """Tables with giant pages."""
+    return TablesAtHand(giant_pages=True)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,11 +11,7 @@ from kvmmm.pagetables.dump import render_mappings
 from kvmmm.pagetables.pte import flags_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from kvmmm.pagetables import TableAllocator
-
-    WalkRaw = Callable[[TableAllocator, int], Any]
+    from tests.pagetables.conftest import WalkRaw
 
 RW = flags_of(READ_WRITE, user=True)
 RX = flags_of(READ_EXECUTE, user=True)

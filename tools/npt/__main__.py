@@ -115,7 +115,7 @@ def _pytest_command(arguments: list[str]) -> str:
 
 
 def _script(command: str, npt: int) -> str:
-    # A host that passes the console on to a file must not get colours, nor another width.
+    # Where the output goes to a file or pipe here, it goes to a pipe there.
     folders = dict.fromkeys([os.path.dirname(sys.executable), "/npt/bin", "/usr/bin", "/bin"])  # noqa: PTH120
     environment = {
         "HOME": "/root",
@@ -133,7 +133,12 @@ def _script(command: str, npt: int) -> str:
     lines = [
         f"export {name}={shlex.quote(text)}" for name, text in (passed_on | environment).items()
     ]
-    return "\n".join([*lines, f"cd {shlex.quote(str(REPOSITORY))}", command, ""])
+    lines.append(f"cd {shlex.quote(str(REPOSITORY))}")
+    if sys.stdout.isatty():
+        lines.append(command)
+    else:
+        lines += ["set -o pipefail", "{", command, "} 2>&1 | cat"]
+    return "\n".join([*lines, ""])
 
 
 def _end(number: int, _frame: object) -> NoReturn:

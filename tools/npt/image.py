@@ -75,8 +75,8 @@ def _kept(name: str, layer: Layer, complete: Callable[[Layer], None]) -> Path:
 
 def _base(host: Host) -> Layer:
     layer = Layer()
-    for folder in ("/dev", "/proc", "/sys", "/root", "/run", "/var/tmp"):  # noqa: S108
-        layer.directory(folder)
+    for path in ("/dev", "/proc", "/sys", "/root", "/run", "/var/tmp"):  # noqa: S108
+        layer.directory(path)
     layer.directory("/tmp", 0o1777)  # noqa: S108 - the machine's own
     for account, content in _ACCOUNTS.items():
         layer.content(account, content.encode())
@@ -110,9 +110,8 @@ def _add_busybox(layer: Layer, host: Host) -> None:
     listed = subprocess.run([busybox, "--list"], check=True, stdout=subprocess.PIPE, text=True)
     for applet in listed.stdout.split():
         layer.symlink(f"/npt/bin/{applet}", busybox)
-    for path in ("/bin/sh", "/usr/bin/env"):  # where scripts look for them
-        folder = layer.mirror(Path(path).parent)
-        layer.symlink(f"{folder}/{Path(path).name}", busybox)
+    for folder, applet in (("/bin", "sh"), ("/usr/bin", "env")):  # where scripts look for them
+        layer.symlink(f"{layer.mirror(folder)}/{applet}", busybox)
 
 
 def _add_slow_parts(layer: Layer, host: Host) -> None:
@@ -126,9 +125,8 @@ def _add_slow_parts(layer: Layer, host: Host) -> None:
     )
     for library in sorted(set(_LDD_LINE.findall(listed.stdout))):
         layer.mirror(library)
-        unwinder = (
-            Path(library).parent / "libgcc_s.so.1"
-        )  # libc opens it when a thread is cancelled
+        # libc opens this one when a thread is cancelled.
+        unwinder = Path(library).parent / "libgcc_s.so.1"
         if Path(library).name == "libc.so.6" and unwinder.exists():
             layer.mirror(unwinder)
 

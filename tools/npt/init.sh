@@ -12,9 +12,10 @@ stty -F /dev/ttyS1 -opost -echo
 stty -F /dev/console -opost -echo
 
 finish() {
-    stty -F /dev/console -opost # waits until the console has everything
+    echo 0 >/proc/sys/kernel/printk # no "Restarting system" after the last line
+    stty -F /dev/console -opost     # waits until the console has everything
     echo "$*" >&3
-    reboot -f                   # -no-reboot makes qemu end
+    reboot -f                       # -no-reboot makes qemu end
 }
 
 for module in /npt/modules/*.ko; do

@@ -1,4 +1,4 @@
-/* bench_first: the shortest guest there is; its first instruction pair is an exit. Expected: status 0.
+/* bench_first: the shortest guest; its second instruction is an exit. Expected: status 0.
  *
  * `bench startup` times from MicroVM() to this `out`. One segment, no library, no stack.
  */

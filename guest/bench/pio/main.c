@@ -1,4 +1,4 @@
-/* bench_pio: exits by a ring-3 `out` as fast as they go. Expected: n exits on port 0xb0, then status 0.
+/* bench_pio: exits by a ring-3 `out`, one after the other. Expected: n on port 0xb0, status 0.
  *
  * Option: n=0 (how many; 0: for ever). Each `out` shows the host n counted down, in eax. The host
  * may change any register but rsp and r12, the counter.

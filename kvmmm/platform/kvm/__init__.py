@@ -1,7 +1,7 @@
 """KVM: device → VM → vCPU, memslots, exits, the start state of a CPU, the memslot address space.
 
-    device.py         /dev/kvm, asked once a process: version, capabilities, CPUID, what a trial showed
-    vm.py             one VM: its memslots and vCPUs, closed in order
+    device.py         /dev/kvm, asked once a process: version, capabilities, CPUID, what a trial
+    showed vm.py             one VM: its memslots and vCPUs, closed in order
     memslot.py        guest-physical range ↔ host address, and the bookkeeping of slot numbers
     vcpu.py           one vCPU: registers, run; its loop is C (`_native/run.c`)
     exits.py          cold exits as typed values (the hot two are C types)

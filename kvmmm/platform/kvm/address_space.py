@@ -1,10 +1,12 @@
 """`MemslotAddressSpace`: an mm address is a guest-physical address, a translation is a memslot.
 
-    EPT violation (MMIO exit) ──► mm.handle_user_fault ──► map_file: add a slot ──► complete: the access
+    EPT violation (MMIO exit) ──► mm.handle_user_fault ──► map_file: add a slot ──► complete: the
+    access
 
-After an MMIO exit KVM finishes the pending access from kvm_run, whatever slots were added meanwhile. So
-the order is: install the slot, then perform the access by hand. A fragment for memory that has a slot by
-now is normal (an access is cut into at most 8 bytes, and at page boundaries).
+After an MMIO exit KVM finishes the pending access from kvm_run, whatever slots were added
+meanwhile. So
+the order is: install the slot, then perform the access by hand. A fragment for memory that has a
+slot by now is normal (an access is cut into at most 8 bytes, and at page boundaries).
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _SLOTS_KEPT_FREE = 4
 class MemslotAddressSpace:
     """The guest-physical address space of one VM.
 
-    Slots that the mm did not ask for (the system area) are registered on the VM directly and are never
+    Slots that the mm did not ask for (the system area) are registered on the VM directly and are
+    never
     touched here: `max_addr` ends below them.
 
     Not locked: the mm calls it with its own lock held.
@@ -103,14 +106,17 @@ class MemslotAddressSpace:
         """
         slot = self._slots.find(exit_.gpa)
         if slot is None or exit_.gpa + exit_.size_bytes > slot.end:
-            # KVM cuts an access at page boundaries (x86.c, emulator_read_write), slots are whole pages.
+            # KVM cuts an access at page boundaries (x86.c, emulator_read_write), slots are whole
+            # pages.
             raise GuestFaultError(exit_.gpa, WRITE if exit_.is_write else READ, mapped=False)
         exit_.complete(exit_.gpa + slot.delta)
 
     def _cut(self, slot: Memslot, start: int, end: int) -> None:
         # Deletion zaps every translation of the VM, and for a moment what sticks out has no slot.
         if any(vcpu.in_guest for vcpu in self.vm.vcpus):
-            raise StateError(f"{slot} can only be changed while every vCPU of the VM is outside KVM_RUN")
+            raise StateError(
+                f"{slot} can only be changed while every vCPU of the VM is outside KVM_RUN"
+            )
         self._slots.remove(slot)
         if slot.gpa < start:
             self._slots.add(slot.gpa, start - slot.gpa, slot.hva, slot.flags)
@@ -126,7 +132,9 @@ class MemslotAddressSpace:
         """Merge runs of slots that one slot could be: adjacent, same host distance, same flags."""
         run: list[Memslot] = []
         for _, _, slot in list(self._slots.by_gpa.segments(0, self.max_addr)):
-            if run and (slot.gpa != run[-1].end or slot.delta != run[0].delta or slot.flags != run[0].flags):
+            if run and (
+                slot.gpa != run[-1].end or slot.delta != run[0].delta or slot.flags != run[0].flags
+            ):
                 self._merge(run)
                 run = []
             run.append(slot)

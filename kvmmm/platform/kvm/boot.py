@@ -1,7 +1,7 @@
 """The state in which a CPU starts: 64-bit ring 0, with everything it may push to or walk in place.
 
-Tables rather than code: descriptors as numbers with their meaning beside them. Everything here obeys
-what VMX checks at entry (SDM Vol. 3C 27.3.1), because SVM is silent about it and VMX is not.
+Tables rather than code: descriptors as numbers with their meaning beside them. Everything here
+obeys what VMX checks at entry (SDM Vol. 3C 27.3.1), because SVM is silent about it and VMX is not.
 
     GDT, Linux's selector layout (the only one that every KVM runs natively in ring 3):
         0x10 kernel code   0x18 kernel data   0x20 user 32-bit code   0x28 user data
@@ -25,7 +25,8 @@ CR4_PAE, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_FSGSBASE, CR4_OSXSAVE = (
 EFER_SCE, EFER_LME, EFER_LMA, EFER_NXE = 1 << 0, 1 << 8, 1 << 10, 1 << 11
 RFLAGS_RESERVED = 1 << 1
 
-# Descriptors: base 0, limit 4 GiB, present, accessed (a CPU that must set "accessed" writes the table).
+# Descriptors: base 0, limit 4 GiB, present, accessed (a CPU that must set "accessed" writes the
+# table).
 _KERNEL_CODE = 0x00AF_9B00_0000_FFFF  # L=1, type 11
 _KERNEL_DATA = 0x00CF_9300_0000_FFFF  # type 3
 _USER32_CODE = 0x00CF_FB00_0000_FFFF  # DPL 3, D=1, type 11
@@ -42,8 +43,8 @@ STUB_BYTES = 4
 STUBS_BYTES = 256 * STUB_BYTES
 
 OPEN_PORTS = (
-    # 0xb0 to 0xb7 for guests' own use, then ours. A 4-byte `out` needs all four ports, so the one port
-    # that ring 3 may not use, KVMMM_PORT_TRAP, stands apart.
+    # 0xb0 to 0xb7 for guests' own use, then ours. A 4-byte `out` needs all four ports, so the one
+    # port that ring 3 may not use, KVMMM_PORT_TRAP, stands apart.
     *range(0xB0, lib.KVMMM_PORT_TRAP),
     lib.KVMMM_PORT_DEBUGCON,
     *range(lib.KVMMM_PORT_DEBUG_EXIT, lib.KVMMM_PORT_DEBUG_EXIT + 4),
@@ -92,7 +93,7 @@ def gdt(tss_gpa: int) -> bytes:
 
 @lru_cache(maxsize=8)
 def tss(ist_top_gpa: int) -> bytes:
-    """Return the TSS: ring-0 and IST1 stack, and the I/O bitmap that opens `OPEN_PORTS` to ring 3."""
+    """Return the TSS: ring-0 and IST1 stack, and the I/O bitmap that opens `OPEN_PORTS`."""
     header = bytearray(_TSS_HEADER_BYTES)
     struct.pack_into("<Q", header, 4, ist_top_gpa)  # RSP0
     struct.pack_into("<Q", header, 36, ist_top_gpa)  # IST1
@@ -107,7 +108,8 @@ def tss(ist_top_gpa: int) -> bytes:
 def idt(stubs_gpa: int) -> bytes:
     """Return the default IDT: every vector enters its stub in ring 0, on the IST stack.
 
-    The IST stack always exists; the guest's own may be absent, and a push to it would not be served.
+    The IST stack always exists; the guest's own may be absent, and a push to it would not be
+    served.
     """
     table = bytearray()
     for vector in range(256):

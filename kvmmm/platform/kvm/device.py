@@ -1,6 +1,7 @@
 """/dev/kvm, opened and asked once a process.
 
-Asking is dear (KVM_GET_SUPPORTED_CPUID alone costs as much as creating a vCPU), and the answers do not
+Asking is dear (KVM_GET_SUPPORTED_CPUID alone costs as much as creating a vCPU), and the answers do
+not
 change: the descriptor, the capabilities and the CPUID table are kept for the life of the process.
 """
 
@@ -18,9 +19,9 @@ from kvmmm.safemem.ffi import address_of, ffi, ioctl, lib
 DEVICE_PATH = "/dev/kvm"
 
 _MISSING = """\
-KVM is not available here. On a physical machine: enable virtualisation (VT-x, AMD-V) in the firmware
-and type `sudo modprobe kvm_intel` or `sudo modprobe kvm_amd`. In a virtual machine: have nested
-virtualisation switched on for it. In a container: start it with `--device=/dev/kvm`."""
+KVM is not available here. On a physical machine: enable virtualisation (VT-x, AMD-V) in the
+firmware and type `sudo modprobe kvm_intel` or `sudo modprobe kvm_amd`. In a virtual machine: have
+nested virtualisation switched on for it. In a container: start it with `--device=/dev/kvm`."""
 _CLOSED = """\
 This user may not open it. Type `sudo usermod -aG kvm $USER` and log in again. On a CI runner:
 echo 'KERNEL=="kvm", GROUP="kvm", MODE="0666", OPTIONS+="static_node=kvm"' |
@@ -121,7 +122,9 @@ def _open(path: str) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except PermissionError as e:
-        raise KvmUnavailableError(e.errno or errno.EACCES, f"{path} is closed to you", _CLOSED) from e
+        raise KvmUnavailableError(
+            e.errno or errno.EACCES, f"{path} is closed to you", _CLOSED
+        ) from e
     except OSError as e:
         what = f"{path} is missing" if e.errno == errno.ENOENT else f"{path}: {e.strerror}"
         raise KvmUnavailableError(e.errno or errno.ENODEV, what, _MISSING) from e
@@ -135,7 +138,8 @@ def open_device(path: str = DEVICE_PATH) -> Device:
     """Return the process's device, opening it at the first call.
 
     Raises:
-        KvmUnavailableError: It is missing, closed to this user, or too old; `.remedy` says what to type.
+        KvmUnavailableError: It is missing, closed to this user, or too old; `.remedy` says what to
+            type.
     """
     device = _devices.get(path)
     if device is None:

@@ -1,6 +1,7 @@
 """Cold exits, decoded from kvm_run into typed values.
 
-The two exits that can be hot, IoExit and MmioExit, are C types. Everything here happens at most once a
+The two exits that can be hot, IoExit and MmioExit, are C types. Everything here happens at most
+once a
 run or on the way to making an instruction restartable, so clarity comes first: construct reads the
 records.
 """
@@ -96,9 +97,7 @@ class OtherExit:
         return abi.EXIT_NAMES.get(self.reason, f"reason {self.reason}")
 
 
-ColdExit = (
-    HltExit | ShutdownExit | FailEntryExit | InternalErrorExit | SystemEventExit | OtherExit
-)
+ColdExit = HltExit | ShutdownExit | FailEntryExit | InternalErrorExit | SystemEventExit | OtherExit
 
 
 def decode(vcpu: Vcpu, reason: int) -> ColdExit:
@@ -107,21 +106,28 @@ def decode(vcpu: Vcpu, reason: int) -> ColdExit:
         return HltExit()
     if reason == abi.KVM_EXIT_SHUTDOWN:
         return ShutdownExit()
-    if reason not in (abi.KVM_EXIT_FAIL_ENTRY, abi.KVM_EXIT_INTERNAL_ERROR, abi.KVM_EXIT_SYSTEM_EVENT):
+    if reason not in (
+        abi.KVM_EXIT_FAIL_ENTRY,
+        abi.KVM_EXIT_INTERNAL_ERROR,
+        abi.KVM_EXIT_SYSTEM_EVENT,
+    ):
         return OtherExit(reason)
     record = _records()[reason].parse(vcpu.run_bytes()[_UNION_OFFSET:])
     if reason == abi.KVM_EXIT_FAIL_ENTRY:
         return FailEntryExit(record.hardware_reason, record.cpu)
     if reason == abi.KVM_EXIT_SYSTEM_EVENT:
         return SystemEventExit(record.type)
-    return InternalErrorExit(record.suberror, list(record.data[: record.ndata]), _instruction(record))
+    return InternalErrorExit(
+        record.suberror, list(record.data[: record.ndata]), _instruction(record)
+    )
 
 
 _MAX_INSTRUCTION_BYTES = 15
 
 
 def _instruction(record: Any) -> bytes:  # noqa: ANN401 - a construct Container
-    # struct emulation_failure overlays data: flags, then size and 15 bytes (api.rst, KVM_EXIT_INTERNAL_ERROR).
+    # struct emulation_failure overlays data: flags, then size and 15 bytes (api.rst,
+    # KVM_EXIT_INTERNAL_ERROR).
     if record.suberror != abi.KVM_INTERNAL_ERROR_EMULATION or record.ndata < 4:
         return b""
     if not record.data[0] & abi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES:
@@ -138,11 +144,13 @@ def _records() -> dict[int, Any]:
     if not _cached_records:
         from construct import Array, Int32ul, Int64ul, Struct
 
-        _cached_records.update({
-            abi.KVM_EXIT_FAIL_ENTRY: Struct("hardware_reason" / Int64ul, "cpu" / Int32ul),
-            abi.KVM_EXIT_INTERNAL_ERROR: Struct(
-                "suberror" / Int32ul, "ndata" / Int32ul, "data" / Array(16, Int64ul)
-            ),
-            abi.KVM_EXIT_SYSTEM_EVENT: Struct("type" / Int32ul, "ndata" / Int32ul),
-        })
+        _cached_records.update(
+            {
+                abi.KVM_EXIT_FAIL_ENTRY: Struct("hardware_reason" / Int64ul, "cpu" / Int32ul),
+                abi.KVM_EXIT_INTERNAL_ERROR: Struct(
+                    "suberror" / Int32ul, "ndata" / Int32ul, "data" / Array(16, Int64ul)
+                ),
+                abi.KVM_EXIT_SYSTEM_EVENT: Struct("type" / Int32ul, "ndata" / Int32ul),
+            }
+        )
     return _cached_records

@@ -1,8 +1,10 @@
 """Memslots: which host memory a guest-physical range reaches.
 
 A slot cannot be split, resized or re-flagged in place, only deleted and created anew (Linux
-virt/kvm/kvm_main.c, __kvm_set_memory_region). Deleting one drops every translation of the VM, and for a
-moment legal memory has no slot: so that is done with every vCPU outside KVM_RUN. Adding needs no stop.
+virt/kvm/kvm_main.c, __kvm_set_memory_region). Deleting one drops every translation of the VM, and
+for a
+moment legal memory has no slot: so that is done with every vCPU outside KVM_RUN. Adding needs no
+stop.
 """
 
 from __future__ import annotations
@@ -123,6 +125,7 @@ class MemslotTable:
         if rc < 0:
             raise IoctlError(
                 "KVM_SET_USER_MEMORY_REGION",
-                f"slot={number}, flags={flags:#x}, gpa={gpa:#x}, size={length_bytes:#x}, hva={hva:#x}",
+                f"slot={number}, flags={flags:#x}, gpa={gpa:#x}, "
+                f"size={length_bytes:#x}, hva={hva:#x}",
                 -rc,
             )

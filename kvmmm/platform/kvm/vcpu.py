@@ -1,17 +1,20 @@
 """One vCPU: registers, translation, and what a first one tells about the host's KVM.
 
 The KVM_RUN loop, the general registers and the two hot exits are C (`VcpuCore`); this adds the cold
-half. General registers travel through kvm_run at every exit; special ones are fetched when asked for.
+half. General registers travel through kvm_run at every exit; special ones are fetched when asked
+for.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmmm.errors import IoctlError
 from kvmmm.platform.kvm import abi, boot
-from kvmmm.platform.kvm.device import Device
 from kvmmm.safemem.ffi import VcpuCore, address_of, ffi, ioctl, lib
+
+if TYPE_CHECKING:
+    from kvmmm.platform.kvm.device import Device
 
 
 class Trial:
@@ -107,7 +110,14 @@ class Vcpu(VcpuCore):
         _check("KVM_SET_SREGS", "", ioctl(self.fd, abi.KVM_SET_SREGS, address_of(sregs)))
 
     def return_to_frame(
-        self, sregs: Any, *, rip: int, cs: int, rflags: int, rsp: int, ss: int  # noqa: ANN401
+        self,
+        sregs: Any,  # noqa: ANN401 - a cffi struct
+        *,
+        rip: int,
+        cs: int,
+        rflags: int,
+        rsp: int,
+        ss: int,
     ) -> None:
         """Do what iretq would with such a frame, at the next run; works alike in every ring.
 

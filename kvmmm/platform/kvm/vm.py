@@ -19,7 +19,8 @@ _TSS_ADDR = 0xFFFB_D000
 class Vm:
     """A virtual machine without memory or CPUs, to which both are added.
 
-    Lifetime: `close`, or the end of a `with`, or garbage collection; vCPUs go first. The host memory
+    Lifetime: `close`, or the end of a `with`, or garbage collection; vCPUs go first. The host
+        memory
     behind the slots must outlive the VM: whoever adds slots closes the VM before that memory.
 
     Attributes:
