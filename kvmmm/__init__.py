@@ -1,1 +1,116 @@
-"""kvmmm."""
+"""KVM micro-VMs in Python, with a memory manager that can be read.
+
+    import kvmmm
+
+    with kvmmm.MicroVM(memory="64M") as vm:
+        vm.load("guest.elf")
+        result = vm.run(timeout=5.0)
+        print(result.status, result.console)
+
+The names below are the library; everything else is reached through its own package. They are
+imported when first used (PEP 562), so that `import kvmmm` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # importing `typing` takes longer than everything else here
+if TYPE_CHECKING:
+    from kvmmm.arena import Arena
+    from kvmmm.errors import (
+        EXIT_CODES,
+        ArenaExhaustedError,
+        GuestConsoleError,
+        GuestFaultError,
+        ImageError,
+        IoctlError,
+        KvmmmError,
+        KvmUnavailableError,
+        RangeError,
+        StateError,
+        VcpuError,
+    )
+    from kvmmm.hostarch.access import ANY_ACCESS, EXECUTE, READ, READ_EXECUTE, READ_WRITE, WRITE
+    from kvmmm.hostarch.ranges import AddrRange, FileRange
+    from kvmmm.mm import MemoryManager
+    from kvmmm.vmm.image import Image, ImageNotFoundError, read_image
+    from kvmmm.vmm.microvm import MicroVM
+    from kvmmm.vmm.result import RunResult
+    from kvmmm.vmm.statistics import RunStatistics
+
+    __version__: str
+
+__all__ = [
+    "ANY_ACCESS",
+    "EXECUTE",
+    "EXIT_CODES",
+    "READ",
+    "READ_EXECUTE",
+    "READ_WRITE",
+    "WRITE",
+    "AddrRange",
+    "Arena",
+    "ArenaExhaustedError",
+    "FileRange",
+    "GuestConsoleError",
+    "GuestFaultError",
+    "Image",
+    "ImageError",
+    "ImageNotFoundError",
+    "IoctlError",
+    "KvmUnavailableError",
+    "KvmmmError",
+    "MemoryManager",
+    "MicroVM",
+    "RangeError",
+    "RunResult",
+    "RunStatistics",
+    "StateError",
+    "VcpuError",
+    "read_image",
+]
+
+# Which module each name comes from. The type checker reads the imports above; a test compares.
+_HOMES = {
+    "kvmmm.arena": ("Arena",),
+    "kvmmm.errors": (
+        *("EXIT_CODES", "ArenaExhaustedError", "GuestConsoleError", "GuestFaultError"),
+        *("ImageError", "IoctlError", "KvmUnavailableError", "KvmmmError", "RangeError"),
+        *("StateError", "VcpuError"),
+    ),
+    "kvmmm.hostarch.access": (
+        *("ANY_ACCESS", "EXECUTE", "READ", "READ_EXECUTE", "READ_WRITE", "WRITE"),
+    ),
+    "kvmmm.hostarch.ranges": ("AddrRange", "FileRange"),
+    "kvmmm.mm": ("MemoryManager",),
+    "kvmmm.vmm.image": ("Image", "ImageNotFoundError", "read_image"),
+    "kvmmm.vmm.microvm": ("MicroVM",),
+    "kvmmm.vmm.result": ("RunResult",),
+    "kvmmm.vmm.statistics": ("RunStatistics",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        value: object = _version()
+    elif name in _HOME_OF:
+        import importlib
+
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    else:
+        raise AttributeError(f"module 'kvmmm' has no attribute {name!r}")
+    globals()[name] = value  # found without us the next time
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    from importlib import metadata  # takes longer than all the rest of this file
+
+    try:
+        return metadata.version("kvmmm")
+    except metadata.PackageNotFoundError:
+        return "0+unknown"

@@ -4,18 +4,7 @@
 
 #include "core.h"
 
-static void lock(struct kvmmm_host_console *c)
-{
-    while (atomic_flag_test_and_set_explicit(&c->lock, memory_order_acquire))
-        __builtin_ia32_pause();
-}
-
-static void unlock(struct kvmmm_host_console *c)
-{
-    atomic_flag_clear_explicit(&c->lock, memory_order_release);
-}
-
-static void put_locked(struct kvmmm_host_console *c, const uint8_t *data, uint32_t n_bytes)
+static void put(struct kvmmm_host_console *c, const uint8_t *data, uint32_t n_bytes)
 {
     uint32_t room = KVMMM_LEGACY_BYTES - c->n_legacy;
     uint32_t n = n_bytes < room ? n_bytes : room;
@@ -27,7 +16,7 @@ static void put_locked(struct kvmmm_host_console *c, const uint8_t *data, uint32
 /* Port writes that KVM queued instead of exiting (Linux virt/kvm/coalesced_mmio.c). The kernel
  * publishes `last` after the entry; we publish `first` after having read it. Stops at a full buffer:
  * the rest stays in the kernel's ring for the next take. */
-static void drain_coalesced_locked(struct kvmmm_host_console *c)
+static void drain_coalesced(struct kvmmm_host_console *c)
 {
     struct kvm_coalesced_mmio_ring *ring = c->coalesced;
     if (!ring)
@@ -38,14 +27,14 @@ static void drain_coalesced_locked(struct kvmmm_host_console *c)
         uint32_t n_bytes = entry->len <= 8 ? entry->len : 8;
         if (c->n_legacy + n_bytes > KVMMM_LEGACY_BYTES / 2)
             return;
-        put_locked(c, entry->data, n_bytes);
+        put(c, entry->data, n_bytes);
         c->n_coalesced += n_bytes;
         __atomic_store_n(&ring->first, (ring->first + 1) % c->coalesced_max, __ATOMIC_RELEASE);
     }
 }
 
 /* Bytes in the shared ring, or -EPROTO: a head that lies outside [tail, tail + size]. */
-static int64_t ring_pending_locked(struct kvmmm_host_console *c)
+static int64_t ring_pending(struct kvmmm_host_console *c)
 {
     if (!c->shared)
         return 0;
@@ -56,32 +45,26 @@ static int64_t ring_pending_locked(struct kvmmm_host_console *c)
 
 bool kvmmm_console_put(struct kvmmm_host_console *c, const uint8_t *data, uint32_t n_bytes)
 {
-    lock(c);
-    drain_coalesced_locked(c); /* older than what this exit carries */
-    put_locked(c, data, n_bytes);
+    drain_coalesced(c); /* older than what this exit carries */
+    put(c, data, n_bytes);
     bool full = c->n_legacy > KVMMM_LEGACY_BYTES / 4;
-    unlock(c);
     return full || memchr(data, '\n', n_bytes);
 }
 
 int64_t kvmmm_console_pending(struct kvmmm_host_console *c)
 {
-    lock(c);
-    drain_coalesced_locked(c);
-    int64_t pending = ring_pending_locked(c);
+    drain_coalesced(c);
+    int64_t pending = ring_pending(c);
     if (pending >= 0)
         pending += c->n_legacy;
-    unlock(c);
     return pending;
 }
 
 int64_t kvmmm_console_take(struct kvmmm_host_console *c, uint8_t *dst, size_t cap)
 {
-    lock(c);
-    drain_coalesced_locked(c);
-    int64_t ringed = ring_pending_locked(c);
+    drain_coalesced(c);
+    int64_t ringed = ring_pending(c);
     if (ringed < 0) {
-        unlock(c);
         return ringed;
     }
     size_t done = c->n_legacy < cap ? c->n_legacy : cap;
@@ -99,7 +82,6 @@ int64_t kvmmm_console_take(struct kvmmm_host_console *c, uint8_t *dst, size_t ca
         c->tail += n;
         __atomic_store_n(&c->shared->out_tail, c->tail, __ATOMIC_RELEASE);
     }
-    unlock(c);
     return (int64_t)done;
 }
 

@@ -111,3 +111,21 @@ int64_t kvmmm_now_ns(void);
 int kvmmm_kick_init(void);
 int kvmmm_kick_signal(void);
 void *memset(void *, int, size_t);
+
+/* ---- floor.h: for kvmmm.bench only ------------------------------------------------------------- */
+#define KVMMM_FLOOR_SLOTS ...
+#define KVMMM_FLOOR_PIECES ...
+#define KVMMM_FLOOR_STEPS ...
+struct kvmmm_floor_slot { uint64_t gpa, n_bytes, offset; uint32_t flags; ...; };
+struct kvmmm_floor_piece { uint64_t offset, n_bytes; uintptr_t hva; ...; };
+struct kvmmm_floor_recipe {
+    int kvm_fd; _Bool exits_on_emulation_failure; uint64_t run_bytes, arena_bytes;
+    uintptr_t cpuid, xcrs, sregs, regs; const char *path; uint64_t image_offset; uint32_t n_slots, n_pieces;
+    struct kvmmm_floor_slot slots[...]; struct kvmmm_floor_piece pieces[...]; uint16_t last_port;
+    ...;
+};
+struct kvmmm_floor_machine { int64_t step_ns[...]; ...; };
+int64_t kvmmm_floor_exits(int vcpu_fd, struct kvm_run *run, uint16_t port, uint16_t last_port, int64_t timeout_ns, uint64_t *n_exits_ret);
+int64_t kvmmm_floor_bulk(int vcpu_fd, struct kvm_run *run, uint16_t last_port, uint8_t *dst, const uint8_t *shared, size_t n_bytes, int64_t timeout_ns);
+int64_t kvmmm_floor_start(const struct kvmmm_floor_recipe *recipe, struct kvmmm_floor_machine *m, int64_t timeout_ns);
+int64_t kvmmm_floor_close(struct kvmmm_floor_machine *m);

@@ -38,10 +38,9 @@ int kvmmm_kick_signal(void);
  * asks for draining from a quarter on. So a put always has room. */
 enum { KVMMM_LEGACY_BYTES = 16384 };
 
-/* Host side of the guest's console. Guarded by `lock`: the vCPU's thread and the one that waits for it
- * both drain. `shared` and the ring live in guest memory: read each index once, believe none. */
+/* Host side of the guest's console, used by the thread that runs the vCPU. `shared` and the ring live
+ * in guest memory: read each index once, believe none. */
 struct kvmmm_host_console {
-    atomic_flag lock;
     struct kvmmm_console *shared; /* hva, or NULL: only ports print */
     const uint8_t *ring;          /* hva of out_data */
     uint32_t ring_bytes;          /* a power of two */
@@ -70,7 +69,7 @@ enum kvmmm_event {
     KVMMM_EV_MMIO = 2,    /* kvm_run.mmio: an EPT violation */
     KVMMM_EV_COLD = 3,    /* any other exit reason: kvm_run.exit_reason */
     KVMMM_EV_STOPPED = 4, /* a stop or the deadline; v->stop_reason says which */
-    KVMMM_EV_SIGNAL = 5,  /* a signal of somebody else's arrived */
+    KVMMM_EV_TICK = 5,    /* a tick, or a signal of somebody else's: Python looks around */
     KVMMM_EV_CONSOLE = 6, /* the console wants draining */
 };
 
@@ -92,13 +91,6 @@ struct kvmmm_port {
 
 enum { KVMMM_MAX_PORTS = 32, KVMMM_N_REASONS = 64 };
 
-/* For the thread that waits: bits of a futex word. */
-enum kvmmm_run_state {
-    KVMMM_RUNNING = 1,
-    KVMMM_FINISHED = 2,
-    KVMMM_POLLING = 4, /* the waiter looks at the console every few ms, the guest need not ring */
-};
-
 struct kvmmm_vcpu {
     int fd;
     struct kvm_run *run;
@@ -106,17 +98,18 @@ struct kvmmm_vcpu {
     struct kvmmm_host_console console;
     struct kvmmm_port ports[KVMMM_MAX_PORTS];
     uint32_t n_ports, port_index;
-    /* Stopping. `stop` is set first, then run->immediate_exit, then the thread is kicked until it
-     * answers. A stop that comes while nothing runs ends the next run. */
+    /* Stopping. `stop` is set first, then run->immediate_exit, then the thread is kicked. A stop that
+     * comes while nothing runs ends the next run. */
     _Atomic uint32_t stop;
     uint32_t stop_reason; /* enum kvmmm_stop of the last KVMMM_EV_STOPPED */
     _Atomic int tid;      /* thread inside kvmmm_vcpu_enter's caller, 0 outside */
     _Atomic bool in_guest; /* inside KVM_RUN: memslots must not be deleted */
     int64_t deadline_ns;  /* CLOCK_MONOTONIC, 0: none */
-    timer_t timer;        /* kicks this thread from the deadline on */
+    timer_t timer;        /* kicks this thread at every tick, and at the deadline */
     bool has_timer;
-    _Atomic uint32_t state; /* enum kvmmm_run_state, a futex word */
-    uint32_t n_idle_polls;  /* the waiter's own */
+    /* While the console is busy a tick comes more often and looks at it; the guest need not ring. */
+    bool polling;
+    uint32_t n_idle_polls;
     /* Statistics, written by the vCPU's thread only. */
     bool timed;
     int64_t left_ns; /* when the guest was left last */
@@ -132,7 +125,10 @@ int kvmmm_vcpu_enter(struct kvmmm_vcpu *v);
 /* The special registers in kvm_run's synchronised area. */
 static inline struct kvm_sregs *kvmmm_sync_sregs(struct kvm_run *run) { return &run->s.regs.sregs; }
 
-/* Bracket a series of enters on this thread: unblocks the kick signal, arms the deadline. */
+/* Bracket a series of enters on this thread: unblocks the kick signal, starts ticks and deadline.
+ *
+ * A tick is a timer's signal to this thread: KVM_RUN returns, Python's signal handlers get their turn
+ * (Ctrl-C), the console is looked at, and a kick that went astray is made up for. */
 int kvmmm_vcpu_begin(struct kvmmm_vcpu *v, int64_t timeout_ns);
 void kvmmm_vcpu_end(struct kvmmm_vcpu *v);
 
@@ -141,13 +137,10 @@ void kvmmm_vcpu_stop(struct kvmmm_vcpu *v);
 /* Send the kick signal once, if the vCPU runs. */
 void kvmmm_vcpu_kick(struct kvmmm_vcpu *v);
 
-/* A run, as the thread that waits for it sees it: start (before the vCPU's thread exists), wait, and
- * finish (by the vCPU's thread, last of all). */
-void kvmmm_vcpu_start(struct kvmmm_vcpu *v);
-/* Returns 1 finished, 2 console output pending, 0 after @p timeout_ns, -EINTR on a signal. */
-int kvmmm_vcpu_wait(struct kvmmm_vcpu *v, int64_t timeout_ns);
-void kvmmm_vcpu_finish(struct kvmmm_vcpu *v);
-/* The console was rung, or its ports are coalesced: look at it often from now on. */
+/* The console was rung, or its ports are coalesced: look at it at every tick from now on. */
 void kvmmm_vcpu_poll_console(struct kvmmm_vcpu *v);
+/* At a tick: whether console output is pending (or broken: the taker says how). After some empty
+ * looks the host sleeps again, and the guest must ring. */
+bool kvmmm_vcpu_console_tick(struct kvmmm_vcpu *v);
 
 #endif /* KVMMM_CORE_H */

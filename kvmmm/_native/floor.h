@@ -1,4 +1,101 @@
-/* floor.h: the best known mechanism in C, for the benchmarks to divide by. Nothing else calls it. */
+/* floor.h: the best known mechanism in C, for the benchmarks to divide by. Nothing else calls it.
+ *
+ * A floor does what the product does for its caller, and nothing besides: no policy, no Python, no
+ * typed exits, no statistics, no second thread. It is not the product's own C code called in another
+ * way: where a faster mechanism is known, the floor uses that.
+ *
+ * Every KVM_RUN here ends: a timer kicks the calling thread from the deadline on. Times are taken
+ * here, in ns, without arming and disarming that timer. All return -errno on failure; -EPROTO when
+ * the guest did what it should not (a fault, a port of somebody else's).
+ */
 #ifndef KVMMM_FLOOR_H
 #define KVMMM_FLOOR_H
-#endif
+
+#include <linux/kvm.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+/* ---- floor_run.c: exits ----------------------------------------------------------------------- */
+
+struct kvmmm_watchdog {
+    timer_t timer;
+    int64_t deadline_ns;
+};
+
+/* Kick the calling thread from @p timeout_ns on, until disarmed. */
+int kvmmm_watchdog_arm(struct kvmmm_watchdog *dog, int64_t timeout_ns);
+void kvmmm_watchdog_disarm(struct kvmmm_watchdog *dog);
+
+/* KVM_RUN, again after a signal that is not the deadline's. */
+int kvmmm_floor_enter(struct kvmmm_watchdog *dog, int vcpu_fd, struct kvm_run *run);
+
+/* Run to an `out` to @p last_port, over any number to @p port; returns the time of it. Registers are
+ * not synchronised. @p n_exits_ret: how many there were, the last one included. */
+int64_t kvmmm_floor_exits(int vcpu_fd, struct kvm_run *run, uint16_t port, uint16_t last_port,
+                          int64_t timeout_ns, uint64_t *n_exits_ret);
+
+/* Run to an `out` to @p last_port, then copy @p n_bytes that the guest left in shared memory. */
+int64_t kvmmm_floor_bulk(int vcpu_fd, struct kvm_run *run, uint16_t last_port, uint8_t *dst,
+                         const uint8_t *shared, size_t n_bytes, int64_t timeout_ns);
+
+/* ---- floor_machine.c: a VM from nothing to the guest's first `out`, and back ------------------- */
+
+enum { KVMMM_FLOOR_SLOTS = 8, KVMMM_FLOOR_PIECES = 16 };
+
+struct kvmmm_floor_slot {
+    uint64_t gpa, n_bytes, offset; /* offset in the arena */
+    uint32_t flags;
+};
+
+/* Bytes that must be in the arena before the guest runs: tables, descriptors, boot information. */
+struct kvmmm_floor_piece {
+    uint64_t offset, n_bytes;
+    uintptr_t hva;
+};
+
+/* All that a process needs to ask or to work out only once. */
+struct kvmmm_floor_recipe {
+    int kvm_fd;
+    bool exits_on_emulation_failure;
+    uint64_t run_bytes, arena_bytes;
+    uintptr_t cpuid; /* struct kvm_cpuid2 * */
+    uintptr_t xcrs;  /* struct kvm_xcrs *, or 0 */
+    uintptr_t sregs; /* struct kvm_sregs * */
+    uintptr_t regs;  /* struct kvm_regs * */
+    const char *path; /* ELF64; read anew for each VM */
+    uint64_t image_offset; /* where in the arena gpa 0 would be */
+    uint32_t n_slots, n_pieces;
+    struct kvmmm_floor_slot slots[KVMMM_FLOOR_SLOTS];
+    struct kvmmm_floor_piece pieces[KVMMM_FLOOR_PIECES];
+    uint16_t last_port;
+};
+
+enum kvmmm_floor_step {
+    KVMMM_FLOOR_ARENA,   /* sealed memfd, aligned mapping */
+    KVMMM_FLOOR_VM,      /* KVM_CREATE_VM, KVM_SET_TSS_ADDR, KVM_ENABLE_CAP */
+    KVMMM_FLOOR_IMAGE,   /* the ELF file: open, read, copy segments */
+    KVMMM_FLOOR_FILL,    /* the pieces */
+    KVMMM_FLOOR_MEMSLOT, /* the slots */
+    KVMMM_FLOOR_VCPU,    /* KVM_CREATE_VCPU, mapping of kvm_run */
+    KVMMM_FLOOR_CPUID,   /* KVM_SET_CPUID2, KVM_SET_XCRS */
+    KVMMM_FLOOR_RUN,     /* registers through kvm_run, the first KVM_RUN */
+    KVMMM_FLOOR_STEPS,
+};
+
+struct kvmmm_floor_machine {
+    int vm_fd, vcpu_fd, memory_fd; /* -1: none */
+    struct kvm_run *run;
+    uint64_t run_bytes, arena_bytes;
+    uintptr_t hva;
+    int64_t step_ns[KVMMM_FLOOR_STEPS]; /* how long each step took */
+};
+
+/* Returns the time from nothing to the first `out`. After a failure, close it as well. */
+int64_t kvmmm_floor_start(const struct kvmmm_floor_recipe *recipe, struct kvmmm_floor_machine *m,
+                          int64_t timeout_ns);
+/* Returns the time that releasing everything takes. */
+int64_t kvmmm_floor_close(struct kvmmm_floor_machine *m);
+
+#endif /* KVMMM_FLOOR_H */

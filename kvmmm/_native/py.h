@@ -21,6 +21,7 @@ struct py_vcpu {
     PyObject *registers;
     PyObject *io_exit, *mmio_exit; /* reused while nobody else holds them */
     PyObject *on_mmio, *on_cold, *on_console;
+    bool handler_failed; /* the last run ended by an exception of a handler's */
     PyObject *port_numbers[KVMMM_MAX_PORTS];
 };
 

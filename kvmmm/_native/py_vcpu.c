@@ -243,6 +243,13 @@ static PyObject *call_or_return(PyObject *handler, PyObject *exit)
     return result;
 }
 
+static PyObject *call_console_handler(struct py_vcpu *self)
+{
+    if (!self->on_console || self->on_console == Py_None)
+        return Py_NewRef(Py_None);
+    return PyObject_CallNoArgs(self->on_console);
+}
+
 /* KVM_RUN itself failed: IoctlError, which the layer above us defines and everybody above expects. */
 static PyObject *raise_run_failed(struct kvmmm_vcpu *v, int err)
 {
@@ -267,13 +274,13 @@ static PyObject *serve_event(struct py_vcpu *self, int event)
         return call_or_return(self->on_mmio, py_mmio_exit_of(self));
     case KVMMM_EV_CONSOLE:
         kvmmm_vcpu_poll_console(v);
-        if (!self->on_console || self->on_console == Py_None)
-            return Py_NewRef(Py_None);
-        return PyObject_CallNoArgs(self->on_console);
+        return call_console_handler(self);
     case KVMMM_EV_STOPPED:
         return PyLong_FromLong(-(long)v->stop_reason);
-    case KVMMM_EV_SIGNAL:
-        return PyErr_CheckSignals() ? NULL : Py_NewRef(Py_None);
+    case KVMMM_EV_TICK:
+        if (PyErr_CheckSignals())
+            return NULL;
+        return kvmmm_vcpu_console_tick(v) ? call_console_handler(self) : Py_NewRef(Py_None);
     case KVMMM_EV_COLD:
         return call_or_return(self->on_cold, PyLong_FromUnsignedLong(v->run->exit_reason));
     default:
@@ -294,6 +301,7 @@ static PyObject *run_until(PyObject *op, PyObject *timeout, bool once)
         PyErr_SetString(PyExc_RuntimeError, "the vCPU is running already");
         return NULL;
     }
+    self->handler_failed = false;
     int rc = kvmmm_vcpu_begin(v, timeout_ns);
     PyObject *result = rc ? raise_errno(-rc) : Py_NewRef(Py_None);
     while (result == Py_None) {
@@ -310,6 +318,7 @@ static PyObject *run_until(PyObject *op, PyObject *timeout, bool once)
             result = PyLong_FromUnsignedLong(v->run->exit_reason);
         else
             result = serve_event(self, event);
+        self->handler_failed = !result && event != KVMMM_EV_TICK && event > 0;
     }
     kvmmm_vcpu_end(v);
     return result;
@@ -325,49 +334,6 @@ static PyObject *vcpu_stop(PyObject *op, PyObject *ignored)
         return NULL;
     kvmmm_vcpu_stop(v);
     Py_RETURN_NONE;
-}
-
-static PyObject *vcpu_clear_stop(PyObject *op, PyObject *ignored)
-{
-    struct kvmmm_vcpu *v = state_of(op);
-    if (!v)
-        return NULL;
-    atomic_store(&v->stop, KVMMM_STOP_NONE);
-    v->run->immediate_exit = 0;
-    Py_RETURN_NONE;
-}
-
-static PyObject *vcpu_start(PyObject *op, PyObject *ignored)
-{
-    struct kvmmm_vcpu *v = state_of(op);
-    if (!v)
-        return NULL;
-    kvmmm_vcpu_start(v);
-    Py_RETURN_NONE;
-}
-
-static PyObject *vcpu_finish(PyObject *op, PyObject *ignored)
-{
-    struct kvmmm_vcpu *v = state_of(op);
-    if (!v)
-        return NULL;
-    kvmmm_vcpu_finish(v);
-    Py_RETURN_NONE;
-}
-
-static PyObject *vcpu_wait(PyObject *op, PyObject *timeout)
-{
-    struct kvmmm_vcpu *v = state_of(op);
-    long long timeout_ns = PyLong_AsLongLong(timeout);
-    if (!v || (timeout_ns == -1 && PyErr_Occurred()))
-        return NULL;
-    int rc;
-    Py_BEGIN_ALLOW_THREADS
-    rc = kvmmm_vcpu_wait(v, timeout_ns);
-    Py_END_ALLOW_THREADS
-    if (rc == -EINTR && PyErr_CheckSignals())
-        return NULL;
-    return PyLong_FromLong(rc < 0 ? 0 : rc);
 }
 
 static PyObject *vcpu_console_take(PyObject *op, PyObject *ignored)
@@ -472,6 +438,14 @@ static PyObject *get_thread_id(PyObject *op, void *closure)
     return PyLong_FromLong(v ? atomic_load(&v->tid) : 0);
 }
 
+/* For handlers that wait for something: whether the run should end now. */
+static PyObject *get_is_stopping(PyObject *op, void *closure)
+{
+    struct kvmmm_vcpu *v = ((struct py_vcpu *)op)->v;
+    return PyBool_FromLong(v && (atomic_load(&v->stop) ||
+                                 (v->deadline_ns && kvmmm_now_ns() >= v->deadline_ns)));
+}
+
 static PyObject *get_in_guest(PyObject *op, void *closure)
 {
     struct kvmmm_vcpu *v = ((struct py_vcpu *)op)->v;
@@ -499,10 +473,6 @@ static PyMethodDef vcpu_methods[] = {
     {"run", vcpu_run, METH_O, "Run until a handler answers; timeout in ns, 0 for none."},
     {"once", vcpu_once, METH_O, "Run until the next exit; timeout in ns, 0 for none."},
     {"stop", vcpu_stop, METH_NOARGS, "Ask the vCPU to stop, from any thread."},
-    {"clear_stop", vcpu_clear_stop, METH_NOARGS, "Forget a stop that nobody has answered."},
-    {"start", vcpu_start, METH_NOARGS, "A run begins, as the thread that waits sees it."},
-    {"finish", vcpu_finish, METH_NOARGS, "The run is over; wakes the thread that waits."},
-    {"wait", vcpu_wait, METH_O, "Wait: 1 finished, 2 console output, 0 after that many ns."},
     {"console_take", vcpu_console_take, METH_NOARGS, "What the guest printed since the last call."},
     {"set_console", vcpu_set_console, METH_VARARGS, "Where the shared console ring lies."},
     {"set_coalesced", vcpu_set_coalesced, METH_O, "Page of kvm_run's mapping with KVM's ring."},
@@ -515,6 +485,8 @@ static PyMemberDef vcpu_members[] = {
     {"on_mmio", T_OBJECT, offsetof(struct py_vcpu, on_mmio), 0, "handler(MmioExit)."},
     {"on_cold", T_OBJECT, offsetof(struct py_vcpu, on_cold), 0, "handler(exit_reason)."},
     {"on_console", T_OBJECT, offsetof(struct py_vcpu, on_console), 0, "handler(): drain it."},
+    {"handler_failed", T_BOOL, offsetof(struct py_vcpu, handler_failed), READONLY,
+     "Whether the last run ended by an exception of a handler, with its access half done."},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -522,6 +494,7 @@ static PyGetSetDef vcpu_getset[] = {
     {"run_hva", get_run_hva, NULL, "Host address of struct kvm_run.", NULL},
     {"fd", get_fd, NULL, "The vCPU's file descriptor.", NULL},
     {"thread_id", get_thread_id, NULL, "Thread that runs it now; 0 for none.", NULL},
+    {"is_stopping", get_is_stopping, NULL, "Whether a stop or the deadline has come.", NULL},
     {"in_guest", get_in_guest, NULL, "Whether it is inside KVM_RUN.", NULL},
     {"timed", get_timed, set_timed, "Whether time in guest and handlers is measured.", NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -1,7 +1,6 @@
 /* run.c: KVM_RUN until something that Python must see, and the ways to end that. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <linux/futex.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -10,13 +9,13 @@
 
 #include "core.h"
 
-/* The deadline's timer goes on kicking at this pace until the thread has answered. */
-enum { REKICK_NS = 1000000 };
+/* How often KVM_RUN is left for a look around: Ctrl-C is answered within 100 ms. */
+enum { TICK_NS = 50000000 };
 
-/* While the console is busy the waiter looks this often; a line is seen well within 20 ms. */
-enum { POLL_NS = 5000000 };
+/* The same while the console is busy: a line is seen within 20 ms of its flush. */
+enum { POLL_NS = 10000000 };
 
-/* After this many empty looks in a row the host sleeps again and the guest must ring. */
+/* After this many empty looks in a row the host sleeps again. */
 enum { POLL_IDLE = 20 };
 
 static struct kvmmm_port *find_port(struct kvmmm_vcpu *v, uint16_t port)
@@ -75,7 +74,22 @@ static int serve_io(struct kvmmm_vcpu *v)
     }
 }
 
-/* KVM_RUN said EINTR: a stop, the deadline, or a signal that is not for us. */
+/* Set the timer for the next tick, or for the deadline if that comes first. It repeats, since a signal
+ * that arrives between two KVM_RUNs interrupts nothing. */
+static int arm(struct kvmmm_vcpu *v)
+{
+    int64_t tick_ns = v->polling ? POLL_NS : TICK_NS;
+    int64_t first_ns = tick_ns;
+    if (v->deadline_ns) {
+        int64_t left_ns = v->deadline_ns - kvmmm_now_ns();
+        if (left_ns < first_ns)
+            first_ns = left_ns > 0 ? left_ns : 1;
+    }
+    struct itimerspec when = {.it_value.tv_nsec = first_ns, .it_interval.tv_nsec = tick_ns};
+    return timer_settime(v->timer, 0, &when, NULL) ? -errno : 0;
+}
+
+/* KVM_RUN said EINTR: a stop, the deadline, a tick, or a signal that is not for us. */
 static int serve_interrupt(struct kvmmm_vcpu *v)
 {
     v->n_interrupted++;
@@ -84,8 +98,11 @@ static int serve_interrupt(struct kvmmm_vcpu *v)
     uint32_t stop = atomic_exchange(&v->stop, KVMMM_STOP_NONE);
     if (!stop && v->deadline_ns && kvmmm_now_ns() >= v->deadline_ns)
         stop = KVMMM_STOP_DEADLINE;
-    if (!stop)
-        return KVMMM_EV_SIGNAL;
+    if (!stop) {
+        if (v->deadline_ns)
+            arm(v); /* the last stretch may be shorter than a tick */
+        return KVMMM_EV_TICK;
+    }
     /* Nothing is pending now: KVM completes the last exit before it looks at immediate_exit. */
     v->stop_reason = stop;
     v->deadline_ns = 0;
@@ -140,22 +157,18 @@ int kvmmm_vcpu_begin(struct kvmmm_vcpu *v, int64_t timeout_ns)
     sigaddset(&set, signo);
     pthread_sigmask(SIG_UNBLOCK, &set, NULL);
     v->left_ns = 0;
-    v->deadline_ns = 0;
-    atomic_store(&v->tid, (int)syscall(SYS_gettid));
-    if (timeout_ns <= 0)
-        return 0;
-
-    v->deadline_ns = kvmmm_now_ns() + timeout_ns;
+    v->deadline_ns = timeout_ns > 0 ? kvmmm_now_ns() + timeout_ns : 0;
+    v->polling = v->console.coalesced != NULL;
+    v->n_idle_polls = 0;
+    kvmmm_console_set_sleeping(&v->console, !v->polling);
+    int tid = (int)syscall(SYS_gettid);
     struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = signo};
-    event._sigev_un._tid = atomic_load(&v->tid);
+    event._sigev_un._tid = tid;
     if (timer_create(CLOCK_MONOTONIC, &event, &v->timer))
         return -errno;
     v->has_timer = true;
-    struct itimerspec when = {
-        .it_value = {v->deadline_ns / 1000000000, v->deadline_ns % 1000000000},
-        .it_interval = {0, REKICK_NS},
-    };
-    return timer_settime(v->timer, TIMER_ABSTIME, &when, NULL) ? -errno : 0;
+    atomic_store(&v->tid, tid);
+    return arm(v);
 }
 
 void kvmmm_vcpu_end(struct kvmmm_vcpu *v)
@@ -181,73 +194,30 @@ void kvmmm_vcpu_stop(struct kvmmm_vcpu *v)
     kvmmm_vcpu_kick(v);
 }
 
-static int futex_wait(_Atomic uint32_t *word, uint32_t value, int64_t timeout_ns)
-{
-    struct timespec ts = {timeout_ns / 1000000000, timeout_ns % 1000000000};
-    return syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, &ts, NULL, 0) ? -errno : 0;
-}
-
-static void futex_wake(_Atomic uint32_t *word)
-{
-    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
-}
-
-void kvmmm_vcpu_start(struct kvmmm_vcpu *v)
-{
-    v->n_idle_polls = 0;
-    kvmmm_console_set_sleeping(&v->console, true);
-    atomic_store(&v->state, KVMMM_RUNNING | (v->console.coalesced ? KVMMM_POLLING : 0));
-}
-
-void kvmmm_vcpu_finish(struct kvmmm_vcpu *v)
-{
-    atomic_store(&v->state, KVMMM_FINISHED);
-    futex_wake(&v->state);
-}
-
 void kvmmm_vcpu_poll_console(struct kvmmm_vcpu *v)
 {
     kvmmm_console_set_sleeping(&v->console, false);
-    if (!(atomic_fetch_or(&v->state, KVMMM_POLLING) & KVMMM_POLLING))
-        futex_wake(&v->state);
+    v->n_idle_polls = 0;
+    if (v->polling)
+        return;
+    v->polling = true;
+    if (v->has_timer)
+        arm(v);
 }
 
-/* Nothing was printed for a while: sleep again, and have the guest ring. The order (clear, then say
- * so, then look) leaves no moment in which output is neither polled for nor rung for. */
-static bool stop_polling(struct kvmmm_vcpu *v)
+bool kvmmm_vcpu_console_tick(struct kvmmm_vcpu *v)
 {
-    atomic_fetch_and(&v->state, ~(uint32_t)KVMMM_POLLING);
-    kvmmm_console_set_sleeping(&v->console, true);
-    return kvmmm_console_pending(&v->console) == 0;
-}
-
-int kvmmm_vcpu_wait(struct kvmmm_vcpu *v, int64_t timeout_ns)
-{
-    int64_t end_ns = kvmmm_now_ns() + timeout_ns;
-    for (;;) {
-        uint32_t state = atomic_load(&v->state);
-        if (state & KVMMM_FINISHED)
-            return 1;
-        int64_t left_ns = end_ns - kvmmm_now_ns();
-        if (left_ns <= 0)
-            return 0;
-        bool polling = state & KVMMM_POLLING;
-        if (atomic_load(&v->stop)) { /* asked to stop, and has not answered: ask again */
-            kvmmm_vcpu_kick(v);
-            polling = true;
-        }
-        if (futex_wait(&v->state, state, polling && left_ns > POLL_NS ? POLL_NS : left_ns) == -EINTR)
-            return -EINTR;
-        if (!polling)
-            continue;
-        if (kvmmm_console_pending(&v->console)) { /* or broken: the taker says how */
-            v->n_idle_polls = 0;
-            return 2;
-        }
-        if (++v->n_idle_polls >= POLL_IDLE && !v->console.coalesced) {
-            v->n_idle_polls = 0;
-            if (!stop_polling(v))
-                return 2;
-        }
+    if (!v->polling)
+        return false;
+    if (kvmmm_console_pending(&v->console)) {
+        v->n_idle_polls = 0;
+        return true;
     }
+    /* Coalesced ports have no way to ring: the ticks go on. */
+    if (++v->n_idle_polls < POLL_IDLE || v->console.coalesced)
+        return false;
+    v->polling = false;
+    kvmmm_console_set_sleeping(&v->console, true);
+    arm(v);
+    return kvmmm_console_pending(&v->console) != 0; /* what came just before */
 }

@@ -1,1 +1,19 @@
-"""To be written."""
+"""Benchmarks: what kvmmm costs, beside the best that C alone is known to do.
+
+    case.py      data: probes (what is measured), cases (what is made of it, and its goal), groups
+    runner.py    measures a group: interleaved, everything twice (A/A), medians
+    record.py    a case's result, and how it is written as JSON Lines
+    host.py      the facts about this machine that a figure needs beside it
+    table.py     what a person reads
+    registry.py  names of benchmarks, imported when asked for
+    command.py   `kvmmm bench`
+    floor.py     the C floors (`_native/floor_*.c`), typed
+    guest.py     VMs with the guests of guest/bench
+    startup.py, exits.py, console.py, paging.py    the groups themselves
+
+How a figure is made. A *floor* is C that does the best mechanism known, in this process. In every round
+each probe runs twice, under the labels A and B, all in random order; a case's value is the median over
+rounds of product ÷ floor, or product − floor. The A/A figure is how far the value from A alone and the
+value from B alone lie apart: what is smaller than that is noise. The process is pinned to one CPU before
+any vCPU thread exists, and garbage collection is off.
+"""

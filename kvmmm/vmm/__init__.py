@@ -3,7 +3,6 @@
     image.py, elf.py     what a guest file holds, checked before any VM exists
     system_area.py       kvmmm's own pages in a guest: boot info, rings, IDT, GDT, TSS, stubs, boot
     tables microvm.py           MicroVM: load, run, stop, close
-    supervisor.py        the vCPU's thread and the one that waits for it
     exit_handler.py      what each exit means: EPT violations, traps, console, exit status
     emulation.py         instructions that KVM could not emulate, made restartable
     stop_report.py       the facts behind a stop, for report.py to render

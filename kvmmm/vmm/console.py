@@ -1,16 +1,13 @@
-"""The host's end of the guest's console.
+"""The host's end of the guest's console, on the thread that runs the vCPU.
 
-Output is drained by whoever notices it: the vCPU's thread when the guest rings or a run ends, the
-waiting thread while it polls. One lock keeps their chunks in order. Input is asked for by the
-guest, and served on the vCPU's thread, which a stop must be able to end: so it never waits longer
-than a moment at a time.
+Output is drained when the guest rings, at ticks while the console is busy, and when a run ends. Input
+is waited for when the guest asks for it; a stop and the deadline end that wait.
 """
 
 from __future__ import annotations
 
 import os
 import select
-import threading
 from typing import TYPE_CHECKING
 
 from kvmmm.errors import GuestConsoleError
@@ -29,17 +26,16 @@ class Console:
 
     Args:
         vcpu: Whose thread rings.
-        sink: Called with each chunk of output, on one thread at a time; None collects in `output`.
+        sink: Called with each chunk of output; None collects in `output`.
         input_fd: Where input is read from; None is an empty input.
     """
 
-    __slots__ = ("_lock", "_vcpu", "eof", "input_fd", "n_bytes", "output", "sink")
+    __slots__ = ("_vcpu", "eof", "input_fd", "n_bytes", "output", "sink")
 
     def __init__(
         self, vcpu: Vcpu, sink: Callable[[bytes], object] | None, input_fd: int | None
     ) -> None:
         self._vcpu = vcpu
-        self._lock = threading.Lock()
         self.sink = sink
         self.input_fd = input_fd
         self.output = bytearray()
@@ -53,29 +49,27 @@ class Console:
             GuestConsoleError: The guest broke the ring's rules.
             Whatever the sink raises.
         """
-        with self._lock:
-            try:
-                chunk = self._vcpu.console_take()
-            except OSError as e:
-                raise GuestConsoleError(
-                    "the guest's console ring claims more bytes than it holds (out_head)"
-                ) from e
-            if not chunk:
-                return
-            self.n_bytes += len(chunk)
-            if self.sink is None:
-                self.output += chunk
-            else:
-                self.sink(chunk)
+        try:
+            chunk = self._vcpu.console_take()
+        except OSError as e:
+            raise GuestConsoleError(
+                "the guest's console ring claims more bytes than it holds (out_head)"
+            ) from e
+        if not chunk:
+            return
+        self.n_bytes += len(chunk)
+        if self.sink is None:
+            self.output += chunk
+        else:
+            self.sink(chunk)
 
     def take_output(self) -> bytes:
         """Return what was collected, and forget it."""
-        with self._lock:
-            output = bytes(self.output)
-            self.output.clear()
+        output = bytes(self.output)
+        self.output.clear()
         return output
 
-    def fill_input(self, area: SystemArea, is_stopping: Callable[[], bool]) -> None:
+    def fill_input(self, area: SystemArea) -> None:
         """Wait for input and put it into the guest's ring; sets `in_eof` at the end of input.
 
         Returns early, without input, when the run is being stopped: the guest asks again.
@@ -84,7 +78,7 @@ class Console:
         if not room:
             return
         while not self.eof and self.input_fd is not None:
-            if is_stopping():
+            if self._vcpu.is_stopping:
                 return
             ready, _, _ = select.select([self.input_fd], [], [], _INPUT_POLL_MS / 1000)
             if not ready:

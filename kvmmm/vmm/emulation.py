@@ -50,12 +50,14 @@ class Provider:
         self._mm = mm
         self._space = space
         self.n_pages = 0
+        self._last_attempt = (-1, -1)
 
-    def restart(self, instruction: bytes) -> None:
+    def restart(self, instruction: bytes, n_mmio: int) -> None:
         """Serve one emulation failure; when this returns, run the vCPU again.
 
         Args:
             instruction: Bytes at rip as KVM reports them; may be empty.
+            n_mmio: MMIO exits served so far: whether anything happened since the last failure.
 
         Raises:
             GuestFaultError: An operand, or the instruction itself, may not be accessed.
@@ -78,8 +80,14 @@ class Provider:
             operands = []
         for operand in operands:
             self._provide(operand.gva, operand.length_bytes, operand.access)
-        if self.n_pages == before:
+        if self.n_pages > before:
+            return
+        # Nothing was missing. KVM may have read an operand by MMIO exits, which installed it, before
+        # it gave up (cmpxchg16b): so once more, but not twice without anything served in between.
+        attempt = (cpu.rip, n_mmio)
+        if attempt == self._last_attempt:
             raise EmulationError(code)
+        self._last_attempt = attempt
 
     def _provide(self, gva: int, length_bytes: int, access: int) -> None:
         """Make `access` to each page of [gva, gva + length_bytes) possible."""

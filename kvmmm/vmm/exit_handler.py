@@ -22,8 +22,6 @@ from kvmmm.vmm.emulation import EmulationError, Provider
 from kvmmm.vmm.result import RunResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kvmmm.mm import MemoryManager
     from kvmmm.platform.kvm.address_space import MemslotAddressSpace
     from kvmmm.platform.kvm.vcpu import Vcpu
@@ -63,7 +61,7 @@ class ExitHandler:
 
     def __init__(
         self, vm: Vm, vcpu: Vcpu, mm: MemoryManager, space: MemslotAddressSpace, area: SystemArea,
-        console: Console, reporter: StopReporter, is_stopping: Callable[[], bool],
+        console: Console, reporter: StopReporter,
     ) -> None:  # fmt: skip
         self._vm = vm
         self._vcpu = vcpu
@@ -72,7 +70,6 @@ class ExitHandler:
         self._area = area
         self._console = console
         self._reporter = reporter
-        self._is_stopping = is_stopping
         self._coalesced = False
         self._last_fault: tuple[int, int] | None = None
         self._repeats = 0
@@ -130,7 +127,7 @@ class ExitHandler:
 
     def _restart(self, exit_: exits.InternalErrorExit) -> RunResult | None:
         try:
-            self.provider.restart(exit_.instruction)
+            self.provider.restart(exit_.instruction, self.n_mmio)
         except GuestFaultError as e:
             return self._reporter.fault(e, is_past_store=False)
         except ArenaExhaustedError as e:
@@ -195,7 +192,7 @@ class ExitHandler:
     def on_input(self, _port: int, _value: int) -> None:
         """Fill the guest's input ring."""
         self._console.drain()  # a prompt should be seen before its answer is waited for
-        self._console.fill_input(self._area, self._is_stopping)
+        self._console.fill_input(self._area)
 
     def on_exit(self, _port: int, value: int) -> RunResult:
         """End the run with the guest's status."""

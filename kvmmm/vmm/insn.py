@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     Read = Callable[[int, int], bytes]
     """read(gva, n_bytes): up to n_bytes from there; fewer where the rest cannot be read."""
 
-# How far back forward reading starts: x86 code read from a wrong byte falls into step after a few
-# instructions.
-_RUN_UP_BYTES = 64
+# How far back forward reading starts. Code read from a wrong byte falls into step after a few
+# instructions, so the further up, the surer.
+_RUN_UP_BYTES = 192
 
 # es, cs, ss, ds: prefixes that do nothing in 64-bit mode.
 _IDLE_PREFIXES = frozenset({0x26, 0x2E, 0x36, 0x3E})
@@ -184,8 +184,9 @@ def _calls(insn: Insn, target: int, read: Read, regs: RegisterFile) -> bool:
 
 
 def _votes(code: bytes, end: int) -> dict[int, int]:
-    # How many starting points in `code`, which ends at `end`, lead forward reading to an
-    # instruction that ends there too, by the address of that instruction; itself does not count.
+    # Which starting points in `code`, which ends at `end`, lead forward reading to an instruction
+    # that ends there too, by the address of that instruction: the sum of their distances from
+    # `end`, since those further up are in step by then. The instruction itself does not count.
     start = end - len(code)
     last: dict[int, int] = {}  # starting point -> address of the last instruction, read from there
     votes: dict[int, int] = {}
@@ -198,7 +199,7 @@ def _votes(code: bytes, end: int) -> dict[int, int]:
             last[at] = at
         elif behind in last:
             last[at] = found = last[behind]
-            votes[found] = votes.get(found, 0) + 1
+            votes[found] = votes.get(found, 0) + end - at
     return votes
 
 

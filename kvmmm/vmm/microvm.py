@@ -22,7 +22,6 @@ from kvmmm.vmm.image import Image, read_image
 from kvmmm.vmm.result import RunResult
 from kvmmm.vmm.statistics import RunStatistics
 from kvmmm.vmm.stop_report import StopReporter
-from kvmmm.vmm.supervisor import Supervisor
 from kvmmm.vmm.system_area import OUTPUT_BYTES, OUTPUT_OFFSET, SystemArea, system_area_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +42,9 @@ class MicroVM:
             vm.load("guest.elf")
             result = vm.run(timeout=5.0)
             print(result.status, result.console)
+
+    The vCPU runs on the thread that calls `run`. A timer makes it leave the guest 20 times a second,
+    for Ctrl-C and whatever else Python's signal handlers do.
 
     Lifetime: `close`, or the end of a `with`. Not to be shared between threads, but for `stop` and
     copies through `mm`.
@@ -108,11 +110,10 @@ class MicroVM:
         hva = self.area.hva
         self.vcpu.set_console(hva, hva + OUTPUT_OFFSET, OUTPUT_BYTES)
         self._console = Console(self.vcpu, sink, input_fd)
-        self._supervisor = Supervisor(self.vcpu, self._console.drain)
         self._reporter = StopReporter(self)
         self._handler = ExitHandler(
             self.vm, self.vcpu, self.mm, self.address_space, self.area, self._console,
-            self._reporter, lambda: self._supervisor.is_stopping,
+            self._reporter,
         )  # fmt: skip
         self._handler.attach()
 
@@ -197,21 +198,27 @@ class MicroVM:
 
         Raises:
             StateError: Nothing is loaded, it is running, or it has ended.
-            KeyboardInterrupt: Ctrl-C; the guest has been stopped, a note says where.
+            KeyboardInterrupt: Ctrl-C, when this is the main thread; a note says where the guest was.
+            Whatever a handler or the console's sink raises; that ends the guest.
             VcpuError: KVM gave up.
         """
         if self._image is None:
             raise StateError("nothing is loaded: call load() first")
         if self._has_ended:
             raise StateError("this guest has ended: make another MicroVM")
+        if self.vcpu.thread_id:
+            raise StateError("this VM is running already")
         timeout_ns = parse_duration_ns(timeout) if timeout is not None else 0
         self._refresh_tables()
         self._reporter.begin_run()
         try:
-            answer = self._supervisor.run(timeout_ns)
-        except KeyboardInterrupt as e:
-            self._console.drain()
-            e.add_note(self._reporter.stopped("Ctrl-C").report)
+            answer = self.vcpu.run(timeout_ns)
+        except BaseException as e:
+            # An exception out of a handler leaves an access half done; out of a tick it does not.
+            self._has_ended = self.vcpu.handler_failed
+            if isinstance(e, KeyboardInterrupt):
+                self._console.drain()
+                e.add_note(self._reporter.stopped("Ctrl-C").report)
             raise
         if answer == -lib.KVMMM_STOP_DEADLINE:
             result = self._reporter.deadline(timeout_ns)
@@ -244,7 +251,7 @@ class MicroVM:
 
         A stop that comes while nothing runs ends the next run before its first instruction.
         """
-        self._supervisor.stop()
+        self.vcpu.stop()
 
     def on_out(
         self, port: int, handler: Callable[..., object] | None, *, value_only: bool = False

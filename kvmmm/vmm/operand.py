@@ -269,10 +269,20 @@ def _stack(insn: Insn, name: str, regs: RegisterFile) -> Iterator[MemoryOperand]
         yield MemoryOperand(rsp, 5 * width_bytes(insn, default=4), READ)
     elif name == "leave":
         yield MemoryOperand(rbp, width_bytes(insn), READ)
-    if name == "enter" and nesting(insn) > 1:
-        # The outer frame pointers that it copies; its pushes are counted above.
-        copied_bytes = (nesting(insn) - 1) * width_bytes(insn)
+    if name == "enter":
+        yield from _frame(insn, rsp, rbp)
+
+
+def _frame(insn: Insn, rsp: int, rbp: int) -> Iterator[MemoryOperand]:
+    # What `enter` touches beside its pushes: the outer frame pointers that it copies; and, to see
+    # whether the new stack may be written, the slot at its end (SDM, ENTER, exceptions).
+    slot_bytes = width_bytes(insn)
+    if nesting(insn) > 1:
+        copied_bytes = (nesting(insn) - 1) * slot_bytes
         yield MemoryOperand(rbp - copied_bytes, copied_bytes, READ)
+    if allocated_bytes := insn.operands[0].imm & 0xFFFF:
+        new_rsp = rsp - pushed_bytes(insn) - allocated_bytes
+        yield MemoryOperand(new_rsp, slot_bytes, WRITE)
 
 
 def _implicit(insn: Insn, name: str, regs: RegisterFile) -> Iterator[MemoryOperand]:

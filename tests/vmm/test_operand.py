@@ -243,7 +243,7 @@ def test_address_against_an_encoder_of_our_own(
 _REGION, _PAGES = 0x20000000, 16
 _EDGE = _REGION + 8 * 4096
 _DELTAS = sorted(
-    {0, 1, -3, -7, -20, -48, -192}
+    {1, 17, -3, -7, -20, -48, -192, -496, -768}
     | {
         -size + d
         for size in (1, 2, 4, 6, 8, 10, 14, 16, 28, 32, 64, 94, 108, 512, 832)

@@ -33,6 +33,29 @@ VMAS = [
     (0x4000000, 0x4200000, READ_WRITE, "system"),
 ]
 
+GOLDEN = """\
+guest fault: write to 0x3000, which is read-only (r-- "rodata" [0x3000, 0x4000))
+warning: the GDT lies in text
+  where  at 0x200000 (main+0x0), ring 3
+  => 0x200000  mov qword ptr [rdi], rax
+     0x200003  add rdi, 8   <-- rip
+     0x200007  dec ecx
+     0x200009  jne 0x200000
+  rax 0x0000000000000000  rbx 0x0000000000001111  rcx 0x0000000000002222  rdx 0x0000000000003333
+  rsi 0x0000000000004444  rdi 0x0000000000005555  rbp 0x0000000000006666  rsp 0x0000000000007777
+  r8  0x0000000000008888  r9  0x0000000000009999  r10 0x000000000000aaaa  r11 0x000000000000bbbb
+  r12 0x000000000000cccc  r13 0x000000000000dddd  r14 0x000000000000eeee  r15 0x000000000000ffff
+  rip 0x0000000000200003  rflags 0x246 [PF ZF IF]
+  cr2 0x0000000000003000  cr3 0x0000000004001000  cs 0x33  ss 0x2b  ring 3
+  rw- [0x1000, 0x2000) low ram
+  r-- [0x3000, 0x4000) rodata   <-- 0x3000
+  r-x [0x200000, 0x201000) text
+  rw- [0x201000, 0x4000000) ram
+  rw- [0x4000000, 0x4200000) system
+  hint   a segment's permissions are those of its ELF program header; --rwx gives all of them to all
+         segments, as a boot loader would
+"""
+
 
 def read(gva: int, n_bytes: int) -> bytes:
     return CODE[gva - TEXT :][:n_bytes] if TEXT <= gva < TEXT + len(CODE) else b""
@@ -60,28 +83,7 @@ def test_write_to_read_only_memory():
     facts = FaultFacts(
         *(state(), 0x3000, WRITE), is_past=True, store=store, warnings=["the GDT lies in text"]
     )
-    assert lines_of(render_fault(facts)) == [
-        'guest fault: write to 0x3000, which is read-only (r-- "rodata" [0x3000, 0x4000))',
-        "warning: the GDT lies in text",
-        "  where  at 0x200000 (main+0x0), ring 3",
-        "  => 0x200000  mov qword ptr [rdi], rax",
-        "     0x200003  add rdi, 8   <-- rip",
-        "     0x200007  dec ecx",
-        "     0x200009  jne 0x200000",
-        "  rax 0x0000000000000000  rbx 0x0000000000001111  rcx 0x0000000000002222  rdx 0x0000000000003333",
-        "  rsi 0x0000000000004444  rdi 0x0000000000005555  rbp 0x0000000000006666  rsp 0x0000000000007777",
-        "  r8  0x0000000000008888  r9  0x0000000000009999  r10 0x000000000000aaaa  r11 0x000000000000bbbb",
-        "  r12 0x000000000000cccc  r13 0x000000000000dddd  r14 0x000000000000eeee  r15 0x000000000000ffff",
-        "  rip 0x0000000000200003  rflags 0x246 [PF ZF IF]",
-        "  cr2 0x0000000000003000  cr3 0x0000000004001000  cs 0x33  ss 0x2b  ring 3",
-        "  rw- [0x1000, 0x2000) low ram",
-        "  r-- [0x3000, 0x4000) rodata   <-- 0x3000",
-        "  r-x [0x200000, 0x201000) text",
-        "  rw- [0x201000, 0x4000000) ram",
-        "  rw- [0x4000000, 0x4200000) system",
-        "  hint   a segment's permissions are those of its ELF program header; --rwx gives all of them to all",
-        "         segments, as a boot loader would",
-    ]
+    assert lines_of(render_fault(facts)) == GOLDEN.splitlines()
 
 
 @pytest.mark.parametrize(

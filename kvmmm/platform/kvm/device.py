@@ -73,21 +73,29 @@ class Device:
         self._capabilities: dict[int, int] = {}
         self._cpuid: Cpuid | None = None
         self.trial: object | None = None
-        version = ioctl(self.fd, abi.KVM_GET_API_VERSION)
-        if version != abi.KVM_API_VERSION:
+        try:
+            self._check()
+            self.vcpu_mmap_bytes = ioctl(self.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
+            kick = lib.kvmmm_kick_init()
+            if kick < 0:
+                raise OSError(-kick, "no real-time signal is free for kicking vCPUs")
+        except BaseException:
             os.close(self.fd)
+            raise
+
+    def _check(self) -> None:
+        version = ioctl(self.fd, abi.KVM_GET_API_VERSION)
+        if version < 0:
+            raise KvmUnavailableError(-version, f"{self.path} is no KVM device", _MISSING)
+        if version != abi.KVM_API_VERSION:
             raise KvmUnavailableError(
                 errno.ENOTSUP,
-                f"{path} speaks KVM API version {version}, not {abi.KVM_API_VERSION}",
+                f"{self.path} speaks KVM API version {version}, not {abi.KVM_API_VERSION}",
                 "This is no KVM that any current software can use: update the kernel.",
             )
-        self.vcpu_mmap_bytes = ioctl(self.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
         self._require(abi.KVM_CAP_SYNC_REGS, "KVM_CAP_SYNC_REGS", "4.17")
         self._require(abi.KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "4.13")
         self._require(abi.KVM_CAP_READONLY_MEM, "KVM_CAP_READONLY_MEM", "3.7")
-        kick = lib.kvmmm_kick_init()
-        if kick < 0:
-            raise OSError(-kick, "no real-time signal is free for kicking vCPUs")
 
     def _require(self, capability: int, name: str, since: str) -> None:
         if not self.capability(capability):

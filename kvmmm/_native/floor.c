@@ -1,1 +1,0 @@
-#include "floor.h"

@@ -1,0 +1,107 @@
+"""What a benchmark consists of, as data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    Sample = Mapping[str, float]
+    """One measurement by a probe: times in ns and counts, by name."""
+    Probe = Callable[[], Sample]
+
+RATIO, NS, MS = "ratio", "ns", "ms"
+"""Units of a value: product ÷ floor; product − floor, in ns or in ms."""
+
+MEDIAN, WORST = "median", "worst"
+"""What becomes of the rounds' values: the median, or (of a bound that must hold) the largest."""
+
+
+class Case:
+    """One line of a benchmark: how its value is made from samples, and what it should be.
+
+    Attributes:
+        name: `exits/pio`.
+        unit: RATIO, NS or MS.
+        goal: The value that it should reach; None for a figure that is only told.
+        product: Which probe measures the product, and which of its times: `("product", "run")`.
+        floor: The same for what it is divided by, or what is subtracted; None for nothing.
+        better: `"lower"` or `"higher"`.
+        per: A count of the sample by which each time is divided first; empty for none.
+        limits: Counts of the product's samples that may never be exceeded, whatever the time.
+        shown: More times of the product or floor that the record should carry, as medians.
+        reduce: MEDIAN or WORST.
+        note: What a reader must know: ring, kind of memory, what the floor does.
+    """
+
+    __slots__ = (
+        "better", "floor", "goal", "limits", "name", "note", "per", "product", "reduce", "shown",
+        "unit",
+    )  # fmt: skip
+
+    def __init__(
+        self, name: str, *, unit: str, goal: float | None, product: tuple[str, str],
+        floor: tuple[str, str] | None = None, better: str = "lower", per: str = "",
+        limits: Mapping[str, int] | None = None, shown: Sequence[tuple[str, str]] = (),
+        reduce: str = MEDIAN, note: str = "",
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.unit = unit
+        self.goal = goal
+        self.product = product
+        self.floor = floor
+        self.better = better
+        self.per = per
+        self.limits = dict(limits or {})
+        self.shown = tuple(shown)
+        self.reduce = reduce
+        self.note = note
+
+    def value_of(self, product: Sample, floor: Sample | None) -> float:
+        """Return the value of one round."""
+        ns = self._time(product, self.product[1])
+        if floor is None or self.floor is None:
+            return ns / 1e6 if self.unit == MS else ns
+        floor_ns = self._time(floor, self.floor[1])
+        if self.unit == RATIO:
+            return ns / floor_ns
+        return (ns - floor_ns) / (1e6 if self.unit == MS else 1)
+
+    def _time(self, sample: Sample, key: str) -> float:
+        return sample[key] / sample[self.per] if self.per else sample[key]
+
+
+class Group:
+    """Cases that are measured together, in one interleaving.
+
+    Attributes:
+        title: Shown while it runs.
+        cases: What comes of it.
+        open: Makes the probes, by name; what they need lives as long as the context.
+        rounds: How often; `quick_rounds` with --quick.
+        warm_up: Rounds before those, not counted.
+    """
+
+    __slots__ = ("cases", "open", "quick_rounds", "rounds", "title", "warm_up")
+
+    def __init__(
+        self, title: str, cases: Sequence[Case], *,
+        open: Callable[[], AbstractContextManager[Mapping[str, Probe]]],  # noqa: A002
+        rounds: int, quick_rounds: int, warm_up: int = 1,
+    ) -> None:  # fmt: skip
+        self.title = title
+        self.cases = tuple(cases)
+        self.open = open
+        self.rounds = rounds
+        self.quick_rounds = quick_rounds
+        self.warm_up = warm_up
+
+    def only(self, names: set[str]) -> Group:
+        """Return the same group with only the cases named."""
+        cases = [case for case in self.cases if case.name in names]
+        return Group(
+            self.title, cases, open=self.open, rounds=self.rounds, quick_rounds=self.quick_rounds,
+            warm_up=self.warm_up,
+        )  # fmt: skip

@@ -1,0 +1,54 @@
+"""Which benchmarks there are. Modules are imported when their benchmark is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from kvmmm.errors import KvmmmError
+
+if TYPE_CHECKING:
+    from kvmmm.bench.case import Group
+
+BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "startup": ("from nothing to a guest's first exit, and back", ("startup",)),
+    "exits": ("what an exit costs, and a console", ("exits", "console")),
+    "paging": ("what memory costs that appears on first touch", ("paging",)),
+}
+"""By name: what it measures, and the modules whose GROUPS it runs."""
+
+ALL = "all"
+
+
+class UnknownBenchmarkError(KvmmmError, ValueError):
+    """No benchmark or case has that name.
+
+    Attributes:
+        name: What was asked for.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        known = ", ".join([*BENCHMARKS, ALL])
+        super().__init__(f"no benchmark is called {name!r}: there are {known}; one case of one: exits/pio")
+
+
+def groups_of(name: str) -> list[Group]:
+    """Return the groups behind a benchmark (`exits`), one case (`exits/pio`), or `all`.
+
+    Raises:
+        UnknownBenchmarkError: There is none; the message lists them.
+    """
+    benchmark, _, case_name = name.partition("/")
+    if name == ALL:
+        return [group for known in BENCHMARKS for group in groups_of(known)]
+    if benchmark not in BENCHMARKS:
+        raise UnknownBenchmarkError(name)
+    modules = [importlib.import_module(f"kvmmm.bench.{m}") for m in BENCHMARKS[benchmark][1]]
+    groups: list[Group] = [group for module in modules for group in module.GROUPS]
+    if not case_name:
+        return groups
+    chosen = [group.only({name}) for group in groups if any(case.name == name for case in group.cases)]
+    if not chosen:
+        raise UnknownBenchmarkError(name)
+    return chosen

@@ -1,0 +1,83 @@
+"""`kvmmm run`: the options, and what they mean. The run itself is `session`."""
+
+from __future__ import annotations
+
+import click
+
+from kvmmm.cli.parameter import ADDRESS, DURATION, SIZE
+from kvmmm.errors import EXIT_CODES
+
+_EXIT_CODES = "\n".join(f"  {code}  {cause}" for code, cause in EXIT_CODES.items())
+_EPILOG = f"""\
+\b
+The guest's own exit status, 0 to 255, becomes kvmmm's. kvmmm ends with these itself:
+{_EXIT_CODES}
+The last line on stderr says whose status it is.
+
+\b
+Examples:
+  kvmmm run touch --stats                  a bundled guest, and what demand paging did
+  kvmmm run kernel.elf --timeout 10s -- quiet root=none
+  kvmmm run boot.bin --base 0x100000 --rwx
+  echo hello | kvmmm run echo
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("image", metavar="FILE|NAME")
+@click.argument("args", metavar="[-- ARGS...]", nargs=-1, type=click.UNPROCESSED)
+@click.option(
+    "--memory",
+    type=SIZE,
+    metavar="SIZE",
+    help="Guest memory; costs nothing until it is touched.  [default: 64M, or the guest's own]",
+)
+@click.option(
+    "--arena",
+    type=SIZE,
+    metavar="SIZE",
+    help="Most that it may take on the host.  [default: enough for all of --memory]",
+)
+@click.option(
+    "--timeout",
+    type=DURATION,
+    metavar="TIME",
+    help="Stop the guest after that time: 10s, 250ms.  [default: never]",
+)
+@click.option(
+    "--base",
+    type=ADDRESS,
+    metavar="ADDR",
+    help="The file is a flat binary: load it there, and begin there.",
+)
+@click.option(
+    "--rwx",
+    is_flag=True,
+    help="Give every segment all permissions, as a boot loader would.",
+)
+@click.option("--no-input", is_flag=True, help="The guest's console input is empty, not stdin.")
+@click.option("--stats", is_flag=True, help="Show exits, faults, memory and times when it is over.")
+@click.option(
+    "--json", "json_file", type=click.File("w", lazy=False), metavar="FILE",
+    help="Write the outcome and all counts to FILE.",
+)  # fmt: skip
+def run(
+    image: str, args: tuple[str, ...], memory: int | None, arena: int | None, timeout: int | None,
+    base: int | None, rwx: bool, no_input: bool, stats: bool,
+    json_file: click.utils.LazyFile | None,
+) -> int:  # fmt: skip
+    """Run a guest: a static x86-64 ELF, a flat binary with --base, or a bundled guest by NAME.
+
+    The guest's console is stdin and stdout; all that kvmmm has to say goes to stderr. ARGS become the
+    guest's command line. Ctrl-C stops the guest, and says where it was.
+    """
+    from kvmmm.cli.session import Session
+
+    session = Session.prepare(image, args, memory=memory, base=base, rwx=rwx)
+    return session.run(
+        arena=arena,
+        timeout_ns=timeout,
+        has_input=not no_input,
+        shows_stats=stats,
+        json_file=json_file,
+    )
