@@ -22,7 +22,7 @@ from kvmmm.hostarch.addr import ADDRESS_LIMIT
 from kvmmm.segment import SegmentSet
 
 N = 8000
-SPACE = 64
+SPACE = 32
 
 
 def equal_values(_start1: int, _end1: int, value1: int, value2: int) -> int | None:
@@ -173,7 +173,7 @@ def test_model(monkeypatch: pytest.MonkeyPatch, block_max: int, block_min: int):
     monkeypatch.setattr(segment, "_BLOCK_MIN", block_min)
     run_state_machine_as_test(
         SegmentSetMachine,
-        settings=settings(max_examples=60, stateful_step_count=50, deadline=None),
+        settings=settings(max_examples=100, stateful_step_count=50, deadline=None),
     )
 
 

@@ -98,6 +98,7 @@ struct kvmmm_vcpu {
     struct kvmmm_host_console console;
     struct kvmmm_port ports[KVMMM_MAX_PORTS];
     uint32_t n_ports, port_index;
+    uint64_t n_enters; /* which KVM_RUN kvm_run's exit record is of */
     /* Stopping. `stop` is set first, then run->immediate_exit, then the thread is kicked. A stop that
      * comes while nothing runs ends the next run. */
     _Atomic uint32_t stop;

@@ -9,7 +9,8 @@
 
 struct py_exit {
     PyObject_HEAD
-    struct py_vcpu *vcpu; /* borrowed; NULL when this is no longer the vCPU's current exit */
+    struct py_vcpu *vcpu; /* borrowed; the vCPU clears it when it goes */
+    uint64_t n_enters;         /* the KVM_RUN that it is of; kvm_run holds that of the last one */
     unsigned long long address; /* port or gpa */
     unsigned int size_bytes;    /* of one access */
     unsigned int count;         /* of accesses: rep outs */
@@ -21,13 +22,11 @@ PyTypeObject *py_io_exit_type, *py_mmio_exit_type;
 /* Where kvm_run keeps this exit's bytes; NULL with ValueError when the vCPU has gone on. */
 static uint8_t *data_of(struct py_exit *self)
 {
-    if (!self->vcpu) {
+    struct kvmmm_vcpu *v = self->vcpu ? self->vcpu->v : NULL;
+    if (!v || self->n_enters != v->n_enters) {
         PyErr_SetString(PyExc_ValueError, "this exit is over: the vCPU has gone on since");
         return NULL;
     }
-    struct kvmmm_vcpu *v = py_vcpu_state(self->vcpu);
-    if (!v)
-        return NULL;
     if (Py_TYPE((PyObject *)self) == py_mmio_exit_type)
         return v->run->mmio.data;
     return (uint8_t *)v->run + v->run->io.data_offset;
@@ -186,10 +185,13 @@ PyObject *py_io_exit_of(struct py_vcpu *vcpu)
         return NULL;
     struct kvm_run *run = vcpu->v->run;
     exit->vcpu = vcpu;
+    exit->n_enters = vcpu->v->n_enters;
     exit->address = run->io.port;
     exit->size_bytes = run->io.size;
     exit->count = run->io.count;
     exit->is_write = run->io.direction == KVM_EXIT_IO_OUT;
+    if (!exit->is_write) /* unless somebody answers, as a port where nobody is */
+        memset((uint8_t *)run + run->io.data_offset, 0xff, (size_t)exit->size_bytes * exit->count);
     return Py_NewRef((PyObject *)exit);
 }
 
@@ -200,6 +202,7 @@ PyObject *py_mmio_exit_of(struct py_vcpu *vcpu)
         return NULL;
     struct kvm_run *run = vcpu->v->run;
     exit->vcpu = vcpu;
+    exit->n_enters = vcpu->v->n_enters;
     exit->address = run->mmio.phys_addr;
     exit->size_bytes = run->mmio.len <= 8 ? run->mmio.len : 8;
     exit->count = 1;

@@ -37,7 +37,7 @@ static PyObject *vcpu_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return alloc(type, 0);
 }
 
-/* VcpuCore(fd, run_bytes): takes the descriptor over. */
+/* VcpuCore(fd, run_bytes): takes the descriptor over, unless it raises. */
 static int vcpu_init(PyObject *op, PyObject *args, PyObject *kwargs)
 {
     struct py_vcpu *self = (struct py_vcpu *)op;
@@ -49,7 +49,8 @@ static int vcpu_init(PyObject *op, PyObject *args, PyObject *kwargs)
     }
     if (!PyArg_ParseTuple(args, "in", &fd, &run_bytes))
         return -1;
-    struct kvmmm_vcpu *v = calloc(1, sizeof *v);
+    self->registers = py_registers_new(self);
+    struct kvmmm_vcpu *v = self->registers ? calloc(1, sizeof *v) : NULL;
     if (!v) {
         PyErr_NoMemory();
         return -1;
@@ -65,8 +66,7 @@ static int vcpu_init(PyObject *op, PyObject *args, PyObject *kwargs)
     v->run_bytes = (size_t)run_bytes;
     v->run->kvm_valid_regs = KVM_SYNC_X86_REGS;
     self->v = v;
-    self->registers = py_registers_new(self);
-    return self->registers ? 0 : -1;
+    return 0;
 }
 
 static void drop_exit(PyObject **slot)
@@ -110,9 +110,8 @@ static void release(struct py_vcpu *self)
     vcpu_clear((PyObject *)self);
     drop_exit(&self->io_exit);
     drop_exit(&self->mmio_exit);
-    if (self->registers)
+    if (self->registers) /* kept, so that who asks for one hears that the vCPU is closed */
         py_registers_orphan(self->registers);
-    Py_CLEAR(self->registers);
     if (!self->v)
         return;
     munmap(self->v->run, self->v->run_bytes);
@@ -126,6 +125,7 @@ static void vcpu_dealloc(PyObject *op)
     PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
     release((struct py_vcpu *)op);
+    Py_CLEAR(((struct py_vcpu *)op)->registers);
     freefunc free_op = (freefunc)PyType_GetSlot(type, Py_tp_free);
     free_op(op);
     Py_DECREF(type);
@@ -148,10 +148,13 @@ static PyObject *vcpu_close(PyObject *op, PyObject *ignored)
 static PyObject *vcpu_set_port(PyObject *op, PyObject *args)
 {
     struct py_vcpu *self = (struct py_vcpu *)op;
-    unsigned short port, kind;
+    int port;
+    unsigned short kind;
     PyObject *handler;
-    if (!PyArg_ParseTuple(args, "HHO", &port, &kind, &handler) || !state_of(op))
+    if (!PyArg_ParseTuple(args, "iHO", &port, &kind, &handler) || !state_of(op))
         return NULL;
+    if (port < 0 || port > UINT16_MAX)
+        return PyErr_Format(PyExc_ValueError, "%d is no port: they have 16 bits", port);
     struct kvmmm_vcpu *v = self->v;
     uint32_t i = 0;
     while (i < v->n_ports && v->ports[i].port != port)
@@ -163,7 +166,7 @@ static PyObject *vcpu_set_port(PyObject *op, PyObject *args)
         return NULL;
     PyObject *old_number = self->port_numbers[i], *old_handler = v->ports[i].handler;
     self->port_numbers[i] = number;
-    v->ports[i] = (struct kvmmm_port){port, kind, handler == Py_None ? NULL : Py_NewRef(handler)};
+    v->ports[i] = (struct kvmmm_port){(uint16_t)port, kind, handler == Py_None ? NULL : Py_NewRef(handler)};
     if (i == v->n_ports)
         v->n_ports++;
     Py_XDECREF(old_number);

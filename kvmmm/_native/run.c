@@ -93,8 +93,10 @@ static int arm(struct kvmmm_vcpu *v)
 static int serve_interrupt(struct kvmmm_vcpu *v)
 {
     v->n_interrupted++;
-    /* Taken exactly once. One that comes after this line is seen by the next enter, which sets
-     * immediate_exit anew. */
+    /* Taken exactly once. One that comes after the exchange is seen by the next enter, which sets
+     * immediate_exit anew. A stop whose second half (kvmmm_vcpu_stop) comes after it costs one more
+     * tick: immediate_exit is cleared whatever is found. */
+    v->run->immediate_exit = 0;
     uint32_t stop = atomic_exchange(&v->stop, KVMMM_STOP_NONE);
     if (!stop && v->deadline_ns && kvmmm_now_ns() >= v->deadline_ns)
         stop = KVMMM_STOP_DEADLINE;
@@ -106,7 +108,6 @@ static int serve_interrupt(struct kvmmm_vcpu *v)
     /* Nothing is pending now: KVM completes the last exit before it looks at immediate_exit. */
     v->stop_reason = stop;
     v->deadline_ns = 0;
-    v->run->immediate_exit = 0;
     return KVMMM_EV_STOPPED;
 }
 
@@ -122,6 +123,7 @@ int kvmmm_vcpu_enter(struct kvmmm_vcpu *v)
             if (v->left_ns)
                 v->handler_ns += entered_ns - v->left_ns;
         }
+        v->n_enters++;
         atomic_store_explicit(&v->in_guest, true, memory_order_seq_cst);
         int rc = ioctl(v->fd, KVM_RUN, 0);
         int err = errno;

@@ -102,7 +102,7 @@ class Lab:
         Raises:
             ProbeError: It ended otherwise.
         """
-        run_result = self.vm.run(timeout=TIMEOUT_SECONDS)
+        run_result = self.run_raw()
         if run_result.outcome != result.EXITED:
             headline = run_result.report.partition("\n")[0]
             raise ProbeError(f"{run_result.outcome}: {headline}")
@@ -114,6 +114,12 @@ class Lab:
         if expects_trap and not self.traps:
             raise ProbeError("no exception came")
         return self.registers
+
+    def run_raw(self, script: Script | None = None) -> RunResult:
+        """Run to whatever end, with `script` at PORT_STEP; returns what it came to."""
+        if script is not None:
+            self._script = script
+        return self.vm.run(timeout=TIMEOUT_SECONDS)
 
     def play(self, script: Script) -> Any:  # noqa: ANN401 - the script's own
         """Run the guest with `script` at the other end of PORT_STEP; returns the script's answer.

@@ -51,6 +51,8 @@ class Provider:
         self._space = space
         self.n_pages = 0
         self._last_attempt = (-1, -1)
+        # The legacy area and the header; with AVX the upper halves of 16 registers (SDM Vol. 1 13.4).
+        self._xsave_bytes = 832 if vcpu.trial.has_avx else 576
 
     def restart(self, instruction: bytes, n_mmio: int) -> None:
         """Serve one emulation failure; when this returns, run the vCPU again.
@@ -75,7 +77,7 @@ class Provider:
             self._provide(cpu.rip + MAX_INSTRUCTION_BYTES - 1, 1, EXECUTE)
         code = self.read(cpu.rip, MAX_INSTRUCTION_BYTES) or instruction
         try:
-            operands = memory_operands(code, cpu.rip, cpu)
+            operands = memory_operands(code, cpu.rip, cpu, xsave_bytes=self._xsave_bytes)
         except UndecodableError:
             operands = []
         for operand in operands:

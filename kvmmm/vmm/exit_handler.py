@@ -99,7 +99,8 @@ class ExitHandler:
         try:
             self._mm.handle_user_fault(exit_.gpa, WRITE if exit_.is_write else READ)
         except GuestFaultError as e:
-            return self._reporter.fault(e, is_past_store=exit_.is_write)
+            stored = exit_.value if exit_.size_bytes == 8 else None
+            return self._reporter.fault(e, is_past_store=exit_.is_write, stored=stored)
         except ArenaExhaustedError as e:
             return self._reporter.memory(e, exit_.gpa)
         self._space.complete(exit_)

@@ -26,13 +26,14 @@ from kvmmm.vmm.decode import (
     text,
     width_bytes,
 )
-from kvmmm.vmm.operand import RegisterFile, operands_of
+from kvmmm.vmm.operand import operands_of
+from kvmmm.vmm.register_file import RegisterFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvmmm.vmm.decode import Insn
-    from kvmmm.vmm.operand import Registers
+    from kvmmm.vmm.register_file import Registers
 
     Read = Callable[[int, int], bytes]
     """read(gva, n_bytes): up to n_bytes from there; fewer where the rest cannot be read."""
@@ -176,11 +177,11 @@ def _calls(insn: Insn, target: int, read: Read, regs: RegisterFile) -> bool:
         return False
     op = insn.operands[0]
     if op.type == OP_REG:
-        return regs.gpr[insn.reg_name(op.reg)] == target
+        return regs.gpr.get(insn.reg_name(op.reg)) == target
     if op.type != OP_MEM:
         return op.imm & ADDRESS_LIMIT - 1 == target
     pointers = [o for o in operands_of(insn, _wound_back(insn, regs)) if not o.access & WRITE]
-    return any(int.from_bytes(read(o.gva, 8), "little") == target for o in pointers)
+    return any(read(o.gva, 8) == target.to_bytes(8, "little") for o in pointers)
 
 
 def _votes(code: bytes, end: int) -> dict[int, int]:

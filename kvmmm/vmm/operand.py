@@ -20,9 +20,10 @@ Sources: SDM volume 2 (instruction reference); volume 1, 3.7.5 (addresses), 13.4
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from kvmmm.hostarch.access import NO_ACCESS, READ, READ_WRITE, WRITE
+from kvmmm.hostarch.addr import ADDRESS_LIMIT
 from kvmmm.vmm.decode import (
     OP_MEM,
     OP_REG,
@@ -36,100 +37,20 @@ from kvmmm.vmm.decode import (
     pushed_bytes,
     width_bytes,
 )
+from kvmmm.vmm.register_file import GPR_NAMES, RegisterFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kvmmm.vmm.decode import Insn, Memory, Operand
+    from kvmmm.vmm.register_file import Registers
 
 XSAVE_LEGACY_BYTES = 512 + 64
 """x87 and SSE state with the XSAVE header."""
 XSAVE_BYTES = XSAVE_LEGACY_BYTES + 256
 """The same with AVX: all of XCR0 = x87|SSE|AVX, which is what a vCPU starts with."""
 
-GPR_NAMES = (
-    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
-    *(f"r{n}" for n in range(8, 16)),
-)
 _SEGMENT_PREFIX = {0x64: "fs", 0x65: "gs"}
-_RFLAGS_DF = 1 << 10
-_MASK64 = (1 << 64) - 1
-
-
-class Registers(Protocol):
-    """What is read of a vCPU: 64-bit values as plain ints, vector registers on demand."""
-
-    rax: int
-    rbx: int
-    rcx: int
-    rdx: int
-    rsi: int
-    rdi: int
-    rbp: int
-    rsp: int
-    r8: int
-    r9: int
-    r10: int
-    r11: int
-    r12: int
-    r13: int
-    r14: int
-    r15: int
-    rip: int
-    rflags: int
-
-    @property
-    def fs_base(self) -> int:
-        """Base of fs; asked for only where an instruction uses it, so it may cost an ioctl."""
-        ...
-
-    @property
-    def gs_base(self) -> int:
-        """Base of gs; like `fs_base`."""
-        ...
-
-    def vector(self, number: int) -> bytes | None:
-        """Return vector register `number`, lowest byte first; asked for by VSIB and vmaskmov only.
-
-        16 bytes (xmm), 32 (ymm) or 64 (zmm): at least as wide as the guest uses. None where the
-        state cannot be had; a gather then has no operands that anyone could name.
-        """
-        ...
-
-    def mask(self, number: int) -> int | None:
-        """Return AVX-512 opmask register k`number`; None where unknown: every element counts."""
-        ...
-
-
-class RegisterFile:
-    """General registers by name, which can be changed in a copy; the rest is asked of `regs`."""
-
-    __slots__ = ("gpr", "regs")
-
-    def __init__(self, gpr: dict[str, int], regs: Registers) -> None:
-        self.gpr = gpr
-        self.regs = regs
-
-    @classmethod
-    def of(cls, regs: Registers) -> RegisterFile:
-        """Return the registers of `regs`."""
-        return cls({name: getattr(regs, name) for name in (*GPR_NAMES, "rflags")}, regs)
-
-    def changed(self, **gpr: int) -> RegisterFile:
-        """Return a copy with other values in some general registers."""
-        wrapped = {name: value & _MASK64 for name, value in gpr.items()}
-        return RegisterFile(self.gpr | wrapped, self.regs)
-
-    def segment_base(self, segment: str) -> int:
-        """Return the base of a segment register; in 64-bit mode only fs and gs have one."""
-        if segment == "fs":
-            return self.regs.fs_base
-        return self.regs.gs_base if segment == "gs" else 0
-
-    @property
-    def step(self) -> int:
-        """+1 or -1: where string instructions go, by rflags.DF."""
-        return -1 if self.gpr["rflags"] & _RFLAGS_DF else 1
 
 
 class MemoryOperand:
@@ -138,7 +59,7 @@ class MemoryOperand:
     __slots__ = ("access", "gva", "length_bytes")
 
     def __init__(self, gva: int, length_bytes: int, access: int) -> None:
-        self.gva = gva & _MASK64
+        self.gva = gva % ADDRESS_LIMIT
         self.length_bytes = length_bytes
         self.access = access
 

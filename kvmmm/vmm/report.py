@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kvmmm.hostarch.access import EXECUTE, READ, WRITE, access_str, allows
 from kvmmm.hostarch.addr import PAGE_BYTES
 from kvmmm.vmm.insn import disassemble, disassemble_around
-from kvmmm.vmm.operand import GPR_NAMES
+from kvmmm.vmm.register_file import GPR_NAMES
 from kvmmm.vmm.vector import trap_name
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def render_fault(facts: FaultFacts) -> str:
     if facts.access & EXECUTE:
         lines += _caller(state)
     lines += [*_code(state, at), *_registers(state), *_map(state, facts.addr)]
-    return _screen([*lines, *_wrapped("hint", facts.hint or _fault_hint(facts))])
+    return _screen([*lines, *_wrapped("  hint", facts.hint or _fault_hint(facts))])
 
 
 def render_stop(facts: StopFacts) -> str:
@@ -209,7 +209,7 @@ def render_stop(facts: StopFacts) -> str:
     if facts.vector is not None and facts.error_code is not None:
         lines.append(f"  trap   {trap_name(facts.vector, facts.error_code)}")
     if facts.detail:
-        lines += _wrapped("why", facts.detail)
+        lines += _wrapped("  why", facts.detail)
     if facts.code:
         lines.append(f"  bytes  {facts.code[:15].hex(' ')}")
     if state is not None:
@@ -217,7 +217,7 @@ def render_stop(facts: StopFacts) -> str:
             lines.append(f"  where  at {state.name_of(state.regs['rip'])}, ring {state.ring}")
         lines += [*_code(state, state.regs["rip"]), *_registers(state)]
     hint = facts.hint or _HINTS.get(facts.cause, "")
-    return _screen([*lines, *(_wrapped("hint", hint) if hint else ())])
+    return _screen([*lines, *(_wrapped("  hint", hint) if hint else ())])
 
 
 def _stop_headline(facts: StopFacts) -> str:
@@ -288,7 +288,8 @@ def _verb(access: int) -> str:
 
 def _warnings(warnings: Sequence[str]) -> Iterator[str]:
     shown = warnings if len(warnings) <= _MAX_WARNINGS else warnings[: _MAX_WARNINGS - 1]
-    yield from (f"warning: {warning}" for warning in shown)
+    for warning in shown:
+        yield from _wrapped("warning: ", warning, max_lines=2)
     if len(warnings) > len(shown):
         yield f"warning: and {len(warnings) - len(shown)} more"
 
@@ -346,12 +347,16 @@ def _clipped(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def _wrapped(label: str, text: str) -> list[str]:
+def _wrapped(label: str, text: str, max_lines: int = 3) -> list[str]:
     import textwrap  # wanted once, at the end of a run
 
-    first, later = f"  {label:6} ", " " * 9
     return textwrap.wrap(
-        text, MAX_COLUMNS, initial_indent=first, subsequent_indent=later, max_lines=3
+        text,
+        MAX_COLUMNS,
+        initial_indent=f"{label:9}",
+        subsequent_indent=" " * 9,
+        max_lines=max_lines,
+        placeholder=" ...",
     )
 
 

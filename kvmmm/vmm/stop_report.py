@@ -53,14 +53,26 @@ class StopReporter:
     # ---- ends that carry a fault ----
 
     def fault(
-        self, error: GuestFaultError, *, is_past_store: bool, frame: TrapFrame | None = None
+        self,
+        error: GuestFaultError,
+        *,
+        is_past_store: bool,
+        stored: int | None = None,
+        frame: TrapFrame | None = None,
     ) -> RunResult:
-        """An access that the memory manager refused."""
+        """An access that the memory manager refused.
+
+        Args:
+            error: What was refused.
+            is_past_store: Whether it came by an MMIO write, at which rip is past the instruction.
+            stored: Then, the 8 bytes written: a call pushes its return address, the way to find it.
+            frame: Where it came by the default IDT, what the CPU pushed.
+        """
         cpu = self._cpu(frame)
         is_past = is_past_store and bool(error.access & WRITE)
         facts = report.FaultFacts(
             self._state(cpu), error.addr, error.access, is_past=is_past,
-            store=self._store(error.addr, cpu) if is_past else None,
+            store=self._store(error.addr, cpu, stored) if is_past else None,
             vector=frame.vector if frame else None,
             error_code=frame.error_code if frame else None,
             warnings=self._warnings(cpu),
@@ -157,8 +169,10 @@ class StopReporter:
             self._symbols = SymbolTable.from_image(image)
         return self._symbols.resolve(addr)
 
-    def _store(self, addr: int, cpu: Any) -> tuple[int, str] | None:  # noqa: ANN401 - Registers
-        return store_ending_at(self._provider().read, cpu.rip, addr, cpu)
+    def _store(
+        self, addr: int, cpu: Any, stored: int | None  # noqa: ANN401 - Registers
+    ) -> tuple[int, str] | None:  # fmt: skip
+        return store_ending_at(self._provider().read, cpu.rip, addr, cpu, stored=stored)
 
     def _warnings(self, cpu: CpuState | _Trapped) -> list[str]:
         """Say which of the things that a CPU writes to by itself lie in read-only memory.

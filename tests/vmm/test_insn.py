@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmmm.vmm.insn import disassemble, disassemble_around, store_ending_at
-from kvmmm.vmm.operand import GPR_NAMES
+from kvmmm.vmm.register_file import GPR_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -224,6 +224,14 @@ def test_call_through_memory_is_followed():
 
     found = store_ending_at(read, RIP, STACK, registers(), stored=site + 2)
     assert found == (site, "call qword ptr [rdi]")
+
+
+def test_what_only_looks_like_a_call_is_none():
+    site = 0x401000
+    for code in ("66ffd0", "ff17", "ff1f"):  # call ax; call [rdi], unreadable; far call [rdi]
+        read = reader(bytes.fromhex("90" * 16 + code), site - 16)
+        stored = site + len(code) // 2
+        assert store_ending_at(read, 0, STACK, registers(), stored=stored) is None
 
 
 def test_value_that_is_no_return_address_does_no_harm():

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from kvmmm.hostarch.access import READ, READ_WRITE, WRITE
 from kvmmm.vmm.decode import UndecodableError, decode
-from kvmmm.vmm.operand import GPR_NAMES, MemoryOperand, memory_operands
+from kvmmm.vmm.operand import MemoryOperand, memory_operands
+from kvmmm.vmm.register_file import GPR_NAMES
 
 HERE = Path(__file__).parent
 CODE = 0x30000000

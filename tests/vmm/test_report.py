@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvmmm.hostarch.access import EXECUTE, READ, READ_EXECUTE, READ_WRITE, WRITE
 from kvmmm.vmm import report
-from kvmmm.vmm.operand import GPR_NAMES
+from kvmmm.vmm.register_file import GPR_NAMES
 from kvmmm.vmm.report import FaultFacts, GuestState, StopFacts, render_fault, render_stop
 from kvmmm.vmm.vector import trap_name
 
@@ -238,6 +238,15 @@ def test_code_that_cannot_be_read():
     where = GuestState(REGS)
     assert lines_of(render_stop(StopFacts(report.STOP, where)))[0] == "stopped, at 0x200003, ring 3"
     lines_of(render_fault(FaultFacts(where, 0x3000, READ)))
+
+
+def test_long_warning_is_wrapped():
+    warning = "the guest's GDT at 0x201000 lies in read-only memory, where a CPU cannot mark it: "
+    warning += "put it in a writable section, or load with --rwx"
+    lines = lines_of(render_fault(FaultFacts(state(), 0x3000, WRITE, warnings=[warning])))
+    assert lines[1].startswith("warning: the guest's GDT at 0x201000 lies")
+    assert lines[2].startswith("         ")
+    assert lines[2].endswith("--rwx")
 
 
 def test_many_warnings_leave_room_for_the_rest():

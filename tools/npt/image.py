@@ -15,7 +15,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import selection
 from host import Host, unpacked
@@ -51,11 +51,11 @@ def build(host: Host) -> list[Path]:
         ]
 
 
-def write_command(script: str, path: Path) -> None:
+def write_command(script: str, out: BinaryIO) -> None:
     """Write the layer that holds what /init runs."""
     layer = Layer()
     layer.content("/npt/command", script.encode())
-    layer.write(path)
+    layer.write(out)
 
 
 def _kept(name: str, layer: Layer, complete: Callable[[Layer], None]) -> Path:
@@ -67,7 +67,8 @@ def _kept(name: str, layer: Layer, complete: Callable[[Layer], None]) -> Path:
     print(f"npt: writing {archive.relative_to(REPOSITORY)}", file=sys.stderr, flush=True)
     complete(layer)
     fresh = archive.with_suffix(".new")
-    layer.write(fresh)
+    with fresh.open("wb") as out:
+        layer.write(out)
     fresh.replace(archive)
     note.write_text(fingerprint)
     return archive

@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from bytecode import compiled
 from cpio import Archive
@@ -106,18 +106,17 @@ class Layer:
             digest.update(repr((path, mode, facts)).encode())
         return digest.hexdigest()
 
-    def write(self, path: Path) -> None:
+    def write(self, out: BinaryIO) -> None:
         """Write the layer as an archive; Python sources bring their bytecode."""
-        with path.open("wb") as out:
-            archive = Archive(out)
-            for name, mode in sorted(self._modes.items()):  # parents before children
-                status = self._sources.get(name)
-                if status is None:
-                    archive.add(name, mode, self._contents.get(name, b""))
-                    continue
+        archive = Archive(out)
+        for name, mode in sorted(self._modes.items()):  # parents before children
+            status = self._sources.get(name)
+            if status is None:
+                archive.add(name, mode, self._contents.get(name, b""))
+            else:
                 archive.add(name, mode, Path(name).read_bytes(), int(status.st_mtime))
-            self._write_bytecode(archive)
-            archive.close()
+        self._write_bytecode(archive)
+        archive.close()
 
     def _write_bytecode(self, archive: Archive) -> None:
         made = set()

@@ -11,13 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from image import BUILD, write_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from host import Host
 
@@ -62,29 +62,28 @@ class Machine:
         Returns:
             The script's exit status, EXIT_TIMEOUT, or EXIT_BROKEN when the machine ended before it.
         """
-        with tempfile.TemporaryDirectory(prefix="run-", dir=BUILD) as folder:
-            initrd = Path(folder) / "initrd"
+        with (
+            tempfile.TemporaryFile(dir=BUILD) as initrd,  # without a name: nothing stays behind
+            tempfile.TemporaryFile("w+", dir=BUILD) as complaints,
+        ):
             _lay_end_to_end(layers, script, initrd)
-            size = initrd.stat().st_size >> 20
+            size = initrd.tell() >> 20
             _say(f"booting Linux {self._host.release} in QEMU TCG, image of {size} MiB")
             self._started = time.monotonic()
-            with (
-                (Path(folder) / "qemu.stderr").open("w+") as complaints,
-                self._qemu(initrd, complaints.fileno()) as (console, control),
-            ):
+            with self._qemu(initrd.fileno(), complaints.fileno()) as (console, control):
                 timed_out = self._listen(console, control)
-                complaints.seek(0)
-                return self._verdict(timed_out, complaints.read())
+            complaints.seek(0)
+            return self._verdict(timed_out, complaints.read())
 
     @contextlib.contextmanager
-    def _qemu(self, initrd: Path, complaints: int) -> Iterator[tuple[int, int]]:
+    def _qemu(self, initrd: int, complaints: int) -> Iterator[tuple[int, int]]:
         # Console and control pipe of a running qemu. It is a process group of its own: Ctrl-C
         # reaches this process alone, which ends the group. setpriv ends it should this be killed.
         control, guest_end = os.pipe()
         arguments = [
             self._host.qemu, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
             "-accel", "tcg,thread=multi", "-cpu", _CPU, "-smp", "2", "-m", self.memory,
-            "-kernel", str(self._host.kernel), "-initrd", str(initrd),
+            "-kernel", str(self._host.kernel), "-initrd", f"/dev/fd/{initrd}",
             "-append", f"{_KERNEL_ARGUMENTS} npt={int(self.nested_paging)}",
             "-serial", "stdio", "-serial", f"file:/dev/fd/{guest_end}",
         ]  # fmt: skip
@@ -95,7 +94,7 @@ class Machine:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=complaints,
-            pass_fds=(guest_end,),
+            pass_fds=(guest_end, initrd),
             start_new_session=True,
         )
         os.close(guest_end)
@@ -157,13 +156,12 @@ class Machine:
         return self._status
 
 
-def _lay_end_to_end(layers: list[Path], script: str, initrd: Path) -> None:
-    command = initrd.with_name("command.cpio")
-    write_command(script, command)
-    with initrd.open("wb") as out:
-        for layer in (*layers, command):
-            with layer.open("rb") as archive:
-                shutil.copyfileobj(archive, out, 1 << 20)
+def _lay_end_to_end(layers: list[Path], script: str, initrd: BinaryIO) -> None:
+    for layer in layers:
+        with layer.open("rb") as archive:
+            shutil.copyfileobj(archive, initrd, 1 << 20)
+    write_command(script, initrd)
+    initrd.flush()
 
 
 def _say(text: str) -> None:

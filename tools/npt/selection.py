@@ -59,7 +59,7 @@ def is_ours(entry: os.DirEntry[str]) -> bool:
     """Tell whether this is of the installed kvmmm: package, metadata, editable finder."""
     if not _is_top(Path(entry.path)):
         return entry.name != _CACHE
-    return entry.name.lower().lstrip("_").startswith("kvmmm")
+    return "kvmmm" in entry.name.lower()
 
 
 def keep_project(entry: os.DirEntry[str]) -> bool:

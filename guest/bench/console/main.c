@@ -3,7 +3,7 @@
  * Options: mode=bulk (one console_write of `bytes`), lines (bytes / line console_writes of `line`
  * bytes, each flushed), raw (the floor: `rep movsb` into the ring's memory and one `out` to port
  * 0xb0, the ring's indexes untouched); bytes=65536, line=64, repeat=1;
- * mark=1: one `out` to port 0xb1 before each repetition, the text being ready in memory by then, so
+ * mark=1: one `out` to port 0xb1 before each repetition, text and ring being resident by then, so
  * that a clock may start there; after=spin: never end, but flush and spin.
  */
 #include "kvmmm.h"
@@ -39,6 +39,13 @@ static void fill(char *text, uint64_t bytes, uint64_t line)
         text[i] = (char)(i % line == line - 1 ? '\n' : 'a' + (i / line + i % line) % 26);
 }
 
+/* What a first use would fault in: the ring's memory (its indexes stay), and the code. */
+static void warm_up(const struct kvmmm_console *console)
+{
+    memset((void *)console->out_data, 0, console->out_bytes);
+    console_write("", 0);
+}
+
 static int run(void *arg)
 {
     const char *mode = kvmmm_option("mode", "bulk");
@@ -60,6 +67,8 @@ static int run(void *arg)
         return KVMMM_STATUS_USAGE;
     }
     fill((char *)ram.start, bytes, line);
+    if (mark)
+        warm_up(console);
     for (; repeat > 0; repeat--) {
         if (mark)
             asm volatile("outl %0, $0xb1" : : "a"((uint32_t)repeat) : "memory");
