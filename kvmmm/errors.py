@@ -74,6 +74,22 @@ class IoctlError(KvmmmError, OSError):
         return str(self.strerror)
 
 
+class SyscallError(KvmmmError, OSError):
+    """A system call other than an ioctl failed.
+
+    Attributes:
+        errno: The kernel's answer.
+    """
+
+    exit_code = EXIT_OS
+
+    def __init__(self, err: int, what: str) -> None:
+        super().__init__(err, f"{what}: {os.strerror(err)}")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 class KvmUnavailableError(KvmmmError, OSError):
     """/dev/kvm is missing, closed to this user, or not a KVM that we can use.
 

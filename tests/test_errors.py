@@ -19,6 +19,7 @@ from kvmmm.errors import (
     KvmUnavailableError,
     RangeError,
     StateError,
+    SyscallError,
     VcpuError,
 )
 from kvmmm.hostarch.access import EXECUTE, NO_ACCESS, READ, WRITE
@@ -70,6 +71,12 @@ CASES = [
         OSError,
         errors.EXIT_CONSOLE,
         ["the ring's head ran past its tail"],
+    ),
+    (
+        SyscallError(errno.EMFILE, "cannot make a sealed memfd"),
+        OSError,
+        errors.EXIT_OS,
+        ["cannot make a sealed memfd", "Too many open files"],
     ),
     (VcpuError("FAIL_ENTRY"), RuntimeError, errors.EXIT_OS, ["KVM_RUN", "FAIL_ENTRY"]),
     (StateError("the VM is closed"), RuntimeError, errors.EXIT_USAGE, ["the VM is closed"]),

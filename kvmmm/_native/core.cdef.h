@@ -125,7 +125,7 @@ struct kvmmm_floor_recipe {
     ...;
 };
 struct kvmmm_floor_machine { int64_t step_ns[...]; ...; };
-int64_t kvmmm_floor_exits(int vcpu_fd, struct kvm_run *run, uint16_t port, uint16_t last_port, int64_t timeout_ns, uint64_t *n_exits_ret);
+int64_t kvmmm_floor_exits(int vcpu_fd, struct kvm_run *run, uint16_t port, uint16_t mark_port, int64_t *mark_ns, size_t n_marks, int64_t timeout_ns);
 int64_t kvmmm_floor_bulk(int vcpu_fd, struct kvm_run *run, uint16_t last_port, uint8_t *dst, const uint8_t *shared, size_t n_bytes, int64_t timeout_ns);
 int64_t kvmmm_floor_start(const struct kvmmm_floor_recipe *recipe, struct kvmmm_floor_machine *m, int64_t timeout_ns);
 int64_t kvmmm_floor_close(struct kvmmm_floor_machine *m);

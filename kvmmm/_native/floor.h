@@ -31,10 +31,10 @@ void kvmmm_watchdog_disarm(struct kvmmm_watchdog *dog);
 /* KVM_RUN, again after a signal that is not the deadline's. */
 int kvmmm_floor_enter(struct kvmmm_watchdog *dog, int vcpu_fd, struct kvm_run *run);
 
-/* Run to an `out` to @p last_port, over any number to @p port; returns the time of it. Registers are
- * not synchronised. @p n_exits_ret: how many there were, the last one included. */
-int64_t kvmmm_floor_exits(int vcpu_fd, struct kvm_run *run, uint16_t port, uint16_t last_port,
-                          int64_t timeout_ns, uint64_t *n_exits_ret);
+/* Run to @p n_marks `out`s to @p mark_port, over any number to @p port; registers are not synchronised.
+ * The times from start to first mark, and from mark to mark, go to @p mark_ns. Returns all exits. */
+int64_t kvmmm_floor_exits(int vcpu_fd, struct kvm_run *run, uint16_t port, uint16_t mark_port,
+                          int64_t *mark_ns, size_t n_marks, int64_t timeout_ns);
 
 /* Run to an `out` to @p last_port, then copy @p n_bytes that the guest left in shared memory. */
 int64_t kvmmm_floor_bulk(int vcpu_fd, struct kvm_run *run, uint16_t last_port, uint8_t *dst,

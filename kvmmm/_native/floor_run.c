@@ -56,9 +56,9 @@ static bool is_out(const struct kvm_run *run)
     return run->exit_reason == KVM_EXIT_IO && run->io.direction == KVM_EXIT_IO_OUT;
 }
 
-/* Counts exits up to the `out` to last_port. */
+/* Counts exits up to the `out` to mark_port. */
 static int64_t run_to(struct kvmmm_watchdog *dog, int vcpu_fd, struct kvm_run *run, uint16_t port,
-                      uint16_t last_port)
+                      uint16_t mark_port)
 {
     for (int64_t n_exits = 1;; n_exits++) {
         int rc = kvmmm_floor_enter(dog, vcpu_fd, run);
@@ -66,31 +66,33 @@ static int64_t run_to(struct kvmmm_watchdog *dog, int vcpu_fd, struct kvm_run *r
             return rc;
         if (!is_out(run))
             return -EPROTO;
-        if (run->io.port == last_port)
+        if (run->io.port == mark_port)
             return n_exits;
         if (run->io.port != port)
             return -EPROTO;
     }
 }
 
-int64_t kvmmm_floor_exits(int vcpu_fd, struct kvm_run *run, uint16_t port, uint16_t last_port,
-                          int64_t timeout_ns, uint64_t *n_exits_ret)
+int64_t kvmmm_floor_exits(int vcpu_fd, struct kvm_run *run, uint16_t port, uint16_t mark_port,
+                          int64_t *mark_ns, size_t n_marks, int64_t timeout_ns)
 {
     struct kvmmm_watchdog dog;
-    int rc = kvmmm_watchdog_arm(&dog, timeout_ns);
+    int64_t rc = kvmmm_watchdog_arm(&dog, timeout_ns), n_exits = 0;
     if (rc)
         return rc;
     uint64_t valid_regs = run->kvm_valid_regs;
     run->kvm_valid_regs = 0;
-    int64_t start_ns = kvmmm_now_ns();
-    int64_t n_exits = run_to(&dog, vcpu_fd, run, port, last_port);
-    int64_t taken_ns = kvmmm_now_ns() - start_ns;
+    int64_t then_ns = kvmmm_now_ns();
+    for (size_t i = 0; i < n_marks && rc >= 0; i++) {
+        rc = run_to(&dog, vcpu_fd, run, port, mark_port);
+        int64_t now_ns = kvmmm_now_ns();
+        mark_ns[i] = now_ns - then_ns;
+        then_ns = now_ns;
+        n_exits += rc;
+    }
     run->kvm_valid_regs = valid_regs;
     kvmmm_watchdog_disarm(&dog);
-    if (n_exits < 0)
-        return n_exits;
-    *n_exits_ret = (uint64_t)n_exits;
-    return taken_ns;
+    return rc < 0 ? rc : n_exits;
 }
 
 int64_t kvmmm_floor_bulk(int vcpu_fd, struct kvm_run *run, uint16_t last_port, uint8_t *dst,

@@ -90,7 +90,7 @@ static PyObject *mmio_complete(PyObject *op, PyObject *hva_object)
 static PyObject *io_repr(PyObject *op)
 {
     struct py_exit *self = (struct py_exit *)op;
-    return PyUnicode_FromFormat("IoExit(%s port %#x, %u byte(s) x %u)", self->is_write ? "out to" : "in from",
+    return PyUnicode_FromFormat("IoExit(%s port 0x%x, %u byte(s) x %u)", self->is_write ? "out to" : "in from",
                                 (int)self->address, self->size_bytes, self->count);
 }
 

@@ -49,7 +49,8 @@ static int vcpu_init(PyObject *op, PyObject *args, PyObject *kwargs)
     }
     if (!PyArg_ParseTuple(args, "in", &fd, &run_bytes))
         return -1;
-    self->registers = py_registers_new(self);
+    if (!self->registers)
+        self->registers = py_registers_new(self);
     struct kvmmm_vcpu *v = self->registers ? calloc(1, sizeof *v) : NULL;
     if (!v) {
         PyErr_NoMemory();

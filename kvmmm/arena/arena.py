@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 from kvmmm.arena.memfd import create_sealed
 from kvmmm.arena.statistics import ArenaStatistics
 from kvmmm.arena.usage import PageUsage, Reservation
-from kvmmm.errors import ArenaExhaustedError, RangeError, StateError
+from kvmmm.errors import ArenaExhaustedError, RangeError, StateError, SyscallError
 from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES, PAGE_MASK, HostVirt, align_up
 from kvmmm.hostarch.ranges import FileRange
 from kvmmm.safemem.ffi import HostMapping, fill, punch_hole
@@ -41,7 +41,7 @@ class Arena:
 
     Raises:
         RangeError: A capacity of zero or below, or more than a process can map.
-        OSError: The kernel refused the file (EMFILE, …) or the mapping (ENOMEM).
+        SyscallError: The kernel refused the file (EMFILE, …) or the mapping (ENOMEM).
 
     Source: gVisor pgalloc.MemoryFile has the same purpose; it grows in chunks, this one does not.
     """
@@ -71,10 +71,10 @@ class Arena:
             self._mapping = HostMapping(fd, capacity_bytes, HUGE_PAGE_BYTES)
         except OSError as e:
             os.close(fd)
-            raise OSError(
-                e.errno,
-                f"cannot map an arena of {capacity_bytes >> 20} MiB: {e.strerror}; "
-                "ask for less, or raise the limit on address space (ulimit -v)",
+            raise SyscallError(
+                e.errno or 0,
+                f"cannot map an arena of {capacity_bytes >> 20} MiB (ask for less, or raise the "
+                "limit on address space, ulimit -v)",
             ) from e
         self.fd = fd
         self.capacity_bytes = capacity_bytes

@@ -10,6 +10,8 @@ import errno
 import fcntl
 import os
 
+from kvmmm.errors import SyscallError
+
 # <linux/memfd.h>; the os module of Python 3.11 lacks it. Clears the x bits for good.
 _MFD_NOEXEC_SEAL = 0x8
 _FLAGS_OLD = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
@@ -29,7 +31,7 @@ def create_sealed(name: str, length_bytes: int) -> int:
         length_bytes: Its size for ever, in bytes.
 
     Raises:
-        OSError: The kernel refused: no file descriptor left (EMFILE), no memory (ENOMEM), …
+        SyscallError: The kernel refused: no file descriptor left (EMFILE), no memory (ENOMEM), …
 
     Source: memfd_create(2), fcntl(2) "File sealing".
     """
@@ -41,8 +43,8 @@ def create_sealed(name: str, length_bytes: int) -> int:
     except OSError as e:
         if fd >= 0:
             os.close(fd)
-        raise OSError(
-            e.errno, f"cannot make a sealed memfd of {length_bytes >> 20} MiB: {e.strerror}"
+        raise SyscallError(
+            e.errno or 0, f"cannot make a sealed memfd of {length_bytes >> 20} MiB"
         ) from e
     return fd
 

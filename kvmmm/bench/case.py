@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     Probe = Callable[[], Sample]
 
 RATIO, NS, MS = "ratio", "ns", "ms"
-"""Units of a value: product ÷ floor; product − floor, in ns or in ms."""
+"""Units of a value: product ÷ floor; product minus floor, in ns or in ms."""
 
 MEDIAN, WORST = "median", "worst"
 """What becomes of the rounds' values: the median, or (of a bound that must hold) the largest."""
@@ -29,7 +29,6 @@ class Case:
         product: Which probe measures the product, and which of its times: `("product", "run")`.
         floor: The same for what it is divided by, or what is subtracted; None for nothing.
         better: `"lower"` or `"higher"`.
-        per: A count of the sample by which each time is divided first; empty for none.
         limits: Counts of the product's samples that may never be exceeded, whatever the time.
         shown: More times of the product or floor that the record should carry, as medians.
         reduce: MEDIAN or WORST.
@@ -37,13 +36,13 @@ class Case:
     """
 
     __slots__ = (
-        "better", "floor", "goal", "limits", "name", "note", "per", "product", "reduce", "shown",
+        "better", "floor", "goal", "limits", "name", "note", "product", "reduce", "shown",
         "unit",
     )  # fmt: skip
 
     def __init__(
         self, name: str, *, unit: str, goal: float | None, product: tuple[str, str],
-        floor: tuple[str, str] | None = None, better: str = "lower", per: str = "",
+        floor: tuple[str, str] | None = None, better: str = "lower",
         limits: Mapping[str, int] | None = None, shown: Sequence[tuple[str, str]] = (),
         reduce: str = MEDIAN, note: str = "",
     ) -> None:  # fmt: skip
@@ -53,7 +52,6 @@ class Case:
         self.product = product
         self.floor = floor
         self.better = better
-        self.per = per
         self.limits = dict(limits or {})
         self.shown = tuple(shown)
         self.reduce = reduce
@@ -61,16 +59,13 @@ class Case:
 
     def value_of(self, product: Sample, floor: Sample | None) -> float:
         """Return the value of one round."""
-        ns = self._time(product, self.product[1])
+        ns = product[self.product[1]]
         if floor is None or self.floor is None:
             return ns / 1e6 if self.unit == MS else ns
-        floor_ns = self._time(floor, self.floor[1])
+        floor_ns = floor[self.floor[1]]
         if self.unit == RATIO:
             return ns / floor_ns
         return (ns - floor_ns) / (1e6 if self.unit == MS else 1)
-
-    def _time(self, sample: Sample, key: str) -> float:
-        return sample[key] / sample[self.per] if self.per else sample[key]
 
 
 class Group:

@@ -32,14 +32,16 @@ EXIT_OVER_LIMIT = 1
 def bench(name: str | None, quick: bool, json_path: Path | None, list_only: bool) -> None:
     """Measure kvmmm beside floors in C: NAME is a benchmark, one case (exits/pio), or `all`.
 
-    Each value is a median over interleaved rounds; "A/A noise" is by how much the same thing measured
-    twice differs. A missed goal does not fail the command; a count above its limit does (status 1).
+    Each value is a median over interleaved rounds; "A/A noise" is by how much the same thing,
+    measured twice, differs. A missed goal does not fail the command; a count above its limit does
+    (status 1).
     """
     if list_only:
         _list()
         return
     if name is None:
-        raise click.UsageError(f"say which: {', '.join([*BENCHMARKS, ALL])} (--list shows their cases)")
+        names = ", ".join([*BENCHMARKS, ALL])
+        raise click.UsageError(f"say which: {names} (--list shows their cases)")
     try:
         groups = groups_of(name)
     except UnknownBenchmarkError as e:
@@ -56,7 +58,9 @@ def _list() -> None:
             for case in group.cases:
                 sign = "<=" if case.better == "lower" else ">="
                 goal = f" {sign} {case.goal:g}" if case.goal is not None else ""
-                click.echo(f"    {case.name} [{case.unit}]{goal}" + (f"  {case.note}" if case.note else ""))
+                click.echo(f"    {case.name} [{case.unit}]{goal}")
+                if case.note:
+                    click.echo(f"        {case.note}")
 
 
 def _run(groups: Sequence[Group], *, quick: bool, json_path: Path | None) -> int:
@@ -87,12 +91,12 @@ def _run(groups: Sequence[Group], *, quick: bool, json_path: Path | None) -> int
 
 
 def _measure(group: Group, err: Console, *, quick: bool) -> list[Record]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from kvmmm.bench.runner import measure
 
-    # Drawn between rounds only, by this thread: a refreshing thread would run inside the timed parts.
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Drawn between rounds only, by this thread: one that refreshes would run inside timed parts.
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=err, transient=True, auto_refresh=False) as bar:
         task = bar.add_task(group.title)
 

@@ -1,4 +1,4 @@
-"""The console's part of `bench exits`: 64 KiB in one piece, in lines, and how soon a line is seen."""
+"""The console's part of `bench exits`: 64 KiB in one piece, in lines; how soon a line is seen."""
 
 from __future__ import annotations
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from time import perf_counter_ns
+from statistics import median
 from typing import TYPE_CHECKING
 
 from kvmmm.bench import floor
 from kvmmm.bench.case import NS, Case, Group
 from kvmmm.bench.guest import (
-    MARK_END,
     MARK_START,
     WORK_PORT,
+    Clock,
     check_exited,
     guest_at_start,
     run_guest,
@@ -24,30 +24,9 @@ if TYPE_CHECKING:
     from kvmmm.safemem.ffi import IoExit, Registers
     from kvmmm.vmm.microvm import MicroVM
 
-_N = 1000
-_WORDS = (f"n={_N}", "mark=1")
-
-
-class Clock:
-    """Takes the time at a guest's two marks."""
-
-    __slots__ = ("end_ns", "start_ns")
-
-    def __init__(self) -> None:
-        self.start_ns = self.end_ns = 0
-
-    def start(self, _port: int, _value: int) -> None:
-        """Handle MARK_START."""
-        self.start_ns = perf_counter_ns()
-
-    def end(self, _port: int, _value: int) -> None:
-        """Handle MARK_END."""
-        self.end_ns = perf_counter_ns()
-
-    def attach(self, vm: MicroVM) -> None:
-        """Listen to both marks."""
-        vm.on_out(MARK_START, self.start, value_only=True)
-        vm.on_out(MARK_END, self.end, value_only=True)
+_EXITS, _MARKS = 20, 50
+"""Exits from mark to mark (shorter than a scheduler's tick), and how many such stretches."""
+_WORDS = (f"n={_EXITS * _MARKS}", f"mark={_EXITS}")
 
 
 class _TypedHandler:
@@ -85,19 +64,24 @@ def _product(set_handler: Callable[[MicroVM], None]) -> Probe:
         clock = Clock()
 
         def prepare(vm: MicroVM) -> None:
-            clock.attach(vm)
+            vm.on_out(MARK_START, clock.tick, value_only=True)
             set_handler(vm)
 
         check_exited(run_guest("bench_pio", *_WORDS, prepare=prepare), "bench_pio")
-        return {"run": clock.end_ns - clock.start_ns, "exits": _N + 1}
+        return _sample(clock.intervals())
 
     return run
 
 
 def _floor() -> Sample:
     with guest_at_start("bench_pio", *_WORDS) as vm:
-        taken_ns, n_exits = floor.run_exits(vm, WORK_PORT, MARK_END)
-    return {"run": taken_ns, "exits": n_exits}
+        intervals, _ = floor.run_exits(vm, WORK_PORT, MARK_START, _MARKS)
+    return _sample(intervals)
+
+
+def _sample(intervals: list[int]) -> Sample:
+    # The mark that ends a stretch is an exit as well.
+    return {"exit": median(intervals) / (_EXITS + 1)}
 
 
 @contextmanager
@@ -110,13 +94,13 @@ GROUPS = (
         "exits: port I/O",
         (
             Case(
-                "exits/pio", unit=NS, goal=2500, per="exits",
-                product=("typed", "run"), floor=("floor", "run"),
+                "exits/pio", unit=NS, goal=2500,
+                product=("typed", "exit"), floor=("floor", "exit"),
                 note="ring 3; method(exit) reads and writes a register; minus a KVM_RUN loop in C",
             ),
             Case(
-                "exits/pio_data", unit=NS, goal=1200, per="exits",
-                product=("data", "run"), floor=("floor", "run"),
+                "exits/pio_data", unit=NS, goal=1200,
+                product=("data", "exit"), floor=("floor", "exit"),
                 note="ring 3; method(port, value); minus a KVM_RUN loop in C",
             ),
         ),

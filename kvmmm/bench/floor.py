@@ -26,11 +26,13 @@ def _checked(what: str, answer: int) -> int:
     return answer
 
 
-def run_exits(vm: MicroVM, port: int, last_port: int) -> tuple[int, int]:
-    """Run a guest from its start mark to an `out` to `last_port`; returns (ns, exits)."""
-    n_exits = ffi.new("uint64_t *")
-    taken_ns = _C.kvmmm_floor_exits(vm.vcpu.fd, _run_of(vm), port, last_port, _TIMEOUT_NS, n_exits)
-    return _checked("kvmmm_floor_exits", taken_ns), int(n_exits[0])
+def run_exits(vm: MicroVM, port: int, mark_port: int, n_marks: int) -> tuple[list[int], int]:
+    """Run a guest from its start mark over `n_marks` more: (ns from mark to mark, exits)."""
+    mark_ns = ffi.new("int64_t[]", n_marks)
+    n_exits = _C.kvmmm_floor_exits(
+        vm.vcpu.fd, _run_of(vm), port, mark_port, mark_ns, n_marks, _TIMEOUT_NS
+    )
+    return list(mark_ns), _checked("kvmmm_floor_exits", n_exits)
 
 
 def run_bulk(vm: MicroVM, port: int, dst: Any, shared_hva: int, length_bytes: int) -> int:  # noqa: ANN401
@@ -48,8 +50,8 @@ def _run_of(vm: MicroVM) -> Any:  # noqa: ANN401 - a cffi pointer
 class MachineFloor:
     """Makes the same VM as one that ran before, in C, as often as one likes.
 
-    The same ioctls with the same arguments; bytes of the system area are taken from the model and put
-    where they belong, so that the guest finds the same tables and boot information.
+    The same ioctls with the same arguments; bytes of the system area are taken from the model and
+    put where they belong, so that the guest finds the same tables and boot information.
 
     Args:
         model: A MicroVM that has run the guest at `path` to its end; needed no longer afterwards.

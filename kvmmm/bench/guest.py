@@ -1,17 +1,17 @@
 """VMs that run the guests of guest/bench, and stop at their marks.
 
-A benchmark guest makes one `out` to MARK_START when everything that shall not be measured is done, and
-one to MARK_END after what shall.
+A benchmark guest makes one `out` to MARK_START when everything that shall not be measured is done.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from pathlib import Path
+from itertools import pairwise
+from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from kvmmm import _core
 from kvmmm.errors import KvmmmError
+from kvmmm.vmm import bundled
 from kvmmm.vmm.microvm import MicroVM
 from kvmmm.vmm.result import EXITED, RunResult
 
@@ -29,7 +29,24 @@ class BenchmarkError(KvmmmError, RuntimeError):
 
 def guest_path(name: str) -> str:
     """Return the path of a bundled guest."""
-    return str(Path(_core.__file__).parent / "_guests" / f"{name}.elf")
+    return str(bundled.directory() / f"{name}.elf")
+
+
+class Clock:
+    """Takes the time at a guest's marks."""
+
+    __slots__ = ("ticks",)
+
+    def __init__(self) -> None:
+        self.ticks: list[int] = []
+
+    def tick(self, _port: int, _value: int) -> None:
+        """Handle a mark."""
+        self.ticks.append(perf_counter_ns())
+
+    def intervals(self) -> list[int]:
+        """Return the ns from each mark to the next."""
+        return [b - a for a, b in pairwise(self.ticks)]
 
 
 @contextmanager
@@ -60,8 +77,7 @@ def run_guest(
     with MicroVM(memory, console=console) as vm:
         vm.load(guest_path(name), args=words)
         prepare(vm)
-        result = vm.run(timeout=TIMEOUT_S)
-    return result
+        return vm.run(timeout=TIMEOUT_S)
 
 
 def check_exited(result: RunResult, name: str) -> None:

@@ -1,4 +1,4 @@
-"""`bench paging`: memory that appears on first touch, beside memory that was registered beforehand."""
+"""`bench paging`: memory that appears on first touch, beside memory registered beforehand."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING
 
 from kvmmm.bench import floor
 from kvmmm.bench.case import RATIO, Case, Group
-from kvmmm.bench.exits import Clock
-from kvmmm.bench.guest import MARK_END, WORK_PORT, BenchmarkError, check_exited, guest_at_start, run_guest
+from kvmmm.bench.guest import (
+    MARK_END,
+    MARK_START,
+    WORK_PORT,
+    BenchmarkError,
+    Clock,
+    check_exited,
+    guest_at_start,
+    run_guest,
+)
 from kvmmm.hostarch.access import WRITE
 from kvmmm.safemem.ffi import fill
 
@@ -36,14 +44,16 @@ def _touch_lazily(*, resident: bool) -> Sample:
     clock = Clock()
 
     def prepare(vm: MicroVM) -> None:
-        clock.attach(vm)
+        vm.on_out(MARK_START, clock.tick, value_only=True)
+        vm.on_out(MARK_END, clock.tick, value_only=True)
         if resident:
             _make_resident(vm)
 
     result = run_guest("bench_touch", *_WORDS, prepare=prepare, memory=_MEMORY)
     check_exited(result, "bench_touch")
     assert result.stats is not None  # noqa: S101 - run() fills it in
-    return {"touch": clock.end_ns - clock.start_ns, "exits": result.stats.ept_violations}
+    [touch_ns] = clock.intervals()
+    return {"touch": touch_ns, "exits": result.stats.ept_violations}
 
 
 def _touch_registered(*, resident: bool) -> Sample:
@@ -54,7 +64,7 @@ def _touch_registered(*, resident: bool) -> Sample:
         for addr in range(_START, _START + _BYTES, _WINDOW):
             if not vm.address_space.is_mapped(addr, WRITE):
                 vm.mm.handle_user_fault(addr, WRITE)
-        taken_ns, n_exits = floor.run_exits(vm, WORK_PORT, MARK_END)
+        [taken_ns], n_exits = floor.run_exits(vm, WORK_PORT, MARK_END, 1)
     if n_exits != 1:
         raise BenchmarkError(f"bench_touch: the floor left the guest {n_exits - 1} times")
     return {"touch": taken_ns}
@@ -77,7 +87,7 @@ GROUPS = (
             Case(
                 "paging/touch_64m", unit=RATIO, goal=1.2, limits={"exits": 40},
                 product=("lazy", "touch"), floor=("registered", "touch"),
-                note="ring 3, arena resident; floor: the same slots registered beforehand, one KVM_RUN",
+                note="ring 3, arena resident; floor: the same slots registered before, one KVM_RUN",
             ),
             Case(
                 "paging/touch_64m_fresh", unit=RATIO, goal=1.1, limits={"exits": 40},

@@ -20,7 +20,7 @@ class Record:
     Attributes:
         case: Its description.
         value: The median over rounds, in `case.unit`.
-        aa: |value from label A − value from label B| ÷ |value|.
+        aa: Distance of the values from label A and label B, as a fraction of the value.
         n: Samples of the product behind it.
         over_limit: Counts above their limit: (name, most seen, limit).
         extra: Medians and counts that help to read the value.
@@ -70,9 +70,9 @@ class Record:
 
 
 def _rounded(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) and abs(value) < 1e4 else (
-        round(value) if isinstance(value, float) else value
-    )
+    if not isinstance(value, float):
+        return value
+    return round(value) if abs(value) >= 10**_DIGITS else float(f"{value:.{_DIGITS}g}")
 
 
 def write_json_lines(path: Path, host: Mapping[str, Any], records: Sequence[Record]) -> None:

@@ -1,7 +1,7 @@
 """Measures a group of cases: interleaved, everything twice, medians.
 
-Load from outside comes in waves that are longer than a round, so a round's product and floor meet the
-same wave, and are compared with each other before the median is taken.
+Load from outside comes in waves that are longer than a round, so a round's product and floor meet
+the same wave, and are compared with each other before the median is taken.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Samples = dict[tuple[str, str], list["Sample"]]
 def pinned() -> Iterator[int]:
     """Keep this thread, and those it starts, on one CPU; yields its number.
 
-    A wake-up on another, idle CPU costs more than most of what is measured here, and memslot changes
-    cost four times as much when the RCU work behind them lands there.
+    A wake-up on another, idle CPU costs more than most of what is measured here, and memslot
+    changes cost four times as much when the RCU work behind them lands there.
     """
     before = os.sched_getaffinity(0)
     cpu = max(before)
@@ -139,11 +139,7 @@ def _extra(case: Case, samples: Samples, values: list[float]) -> dict[str, Any]:
     shown = {"product_ns": case.product} | ({"floor_ns": case.floor} if case.floor else {})
     shown |= {f"{probe}_{key}_ns": (probe, key) for probe, key in case.shown}
     for name, (probe, key) in shown.items():
-        times = [
-            sample[key] / sample[case.per] if case.per else sample[key]
-            for sample in _all(samples, probe)
-        ]
-        extra[name] = float(statistics.median(times))
+        extra[name] = float(statistics.median(sample[key] for sample in _all(samples, probe)))
     for name in case.limits:
         extra[name] = max(int(sample[name]) for sample in _all(samples, case.product[0]))
     if case.reduce == WORST:

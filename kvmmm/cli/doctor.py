@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvmmm.cli.terminal import rich_console
+from kvmmm.cli.terminal import show
 from kvmmm.errors import EXIT_NO_KVM
 
 if TYPE_CHECKING:
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
     from kvmmm.doctor import Examination
 
-_STYLES = {
-    "ok": "green",
-    "works differently": "yellow",
-    "missing": "bold red",
-    "failed": "bold red",
-    "not tried": "dim",
+# How each result is shown.
+_RESULTS = {
+    "ok": "[green]ok[/green]",
+    "works differently": "[yellow]differs[/yellow]",
+    "missing": "[bold red]MISSING[/bold red]",
+    "failed": "[bold red]FAILED[/bold red]",
+    "not tried": "[dim]not tried[/dim]",
 }
 
 
@@ -40,24 +41,24 @@ def doctor(as_json: bool) -> int:
 
         click.echo(json.dumps(examination.as_dict(), indent=2))
     else:
-        _show(examination)
+        show(_table(examination))
+        if examination.is_open:
+            show("", f"[bold]{examination.verdict}[/bold]", _summary(examination))
+        else:
+            # As it is: there are commands in it to copy.
+            click.echo(f"\n{examination.findings['open'].remedy}")
     return 0 if examination.is_ok else EXIT_NO_KVM
 
 
-def _show(examination: Examination) -> None:
-    console = rich_console()
-    console.print(_table(examination))
-    console.print()
-    console.print(f"[bold]{examination.verdict}[/bold]")
-    failures = examination.failures
+def _summary(examination: Examination) -> str:
     seconds = f"{examination.elapsed_ns / 1e9:.1f} s"
-    if failures:
-        names = ", ".join(check.name for check in failures[:4])
-        more = f" and {len(failures) - 4} more" if len(failures) > 4 else ""
-        console.print(f"[bold red]kvmmm does not work here:[/bold red] {names}{more} ({seconds})")
-    else:
+    failures = examination.failures
+    if not failures:
         n_checks = len(examination.findings)
-        console.print(f"[green]All that kvmmm needs works[/green] ({n_checks} checks, {seconds}).")
+        return f"[green]All that kvmmm needs works[/green] ({n_checks} checks, {seconds})."
+    names = ", ".join(check.name for check in failures[:4])
+    more = f" and {len(failures) - 4} more" if len(failures) > 4 else ""
+    return f"[bold red]kvmmm does not work here:[/bold red] {names}{more} ({seconds})"
 
 
 def _table(examination: Examination) -> Table:
@@ -77,9 +78,8 @@ def _table(examination: Examination) -> Table:
                 table.add_row()
             table.add_row(f"[bold cyan]{theme}[/bold cyan]")
             last_theme = theme
-        style = _STYLES[finding.result]
         text = escape(finding.fact)
-        if finding.remedy:
+        if finding.remedy and examination.is_open:
             text += f"\n[dim]-> {escape(finding.remedy)}[/dim]"
-        table.add_row(f"  {check.name}", f"[{style}]{finding.result}[/{style}]", text)
+        table.add_row(f"  {check.name}", _RESULTS[finding.result], text)
     return table

@@ -25,7 +25,8 @@ def guarded(command: Callable[[], object]) -> int:
     """Call `command` and return the exit code that the process should end with."""
     try:
         answer = command()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # the user may have closed it
+            sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as e:  # noqa: BLE001 - all of them end here
         return explain(e)
     return answer if isinstance(answer, int) else 0
@@ -78,7 +79,7 @@ def _explain_os_error(error: OSError) -> int:
 def _show_usage(error: click.ClickException) -> None:
     # A dash that was meant for the guest is the commonest mistake.
     if isinstance(error, click.NoSuchOption) and error.ctx and error.ctx.info_name == "run":
-        error.message += "; what is meant for the guest goes after --"
+        error.message = f"{error.message.rstrip('.')}; what is meant for the guest goes after --"
     error.show()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from kvmmm.cli.terminal import rich_console
+from kvmmm.cli.terminal import show
 
 _GROUPS = {
     "demo": "to look at",
@@ -36,6 +36,4 @@ def guests() -> None:
         table.add_row(f"[not bold default]{group}", f"[dim]{what}[/dim]", "")
         for guest in members:
             table.add_row(f"  {guest.name}", guest.property, guest.expected)
-    console = rich_console()
-    console.print(table)
-    console.print("[dim]`kvmmm run NAME [-- ARGS]` runs one[/dim]")
+    show(table, "", "[dim]`kvmmm run NAME [-- ARGS]` runs one[/dim]")

@@ -7,7 +7,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 import click
 
-from kvmmm.cli.terminal import ConsoleOutput, Interruption, input_descriptor
+from kvmmm.cli.terminal import ConsoleOutput, Interruption, input_descriptor, output_descriptor
 from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, align_up
 from kvmmm.hostarch.units import parse_bytes
 from kvmmm.vmm import bundled, result
@@ -17,8 +17,6 @@ from kvmmm.vmm.result import RunResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-_STDOUT = 1
 
 
 class Session:
@@ -69,7 +67,7 @@ class Session:
         json_file: IO[Any] | None,
     ) -> int:  # fmt: skip
         """Run it, say how it went, and return the exit code."""
-        output = ConsoleOutput(_STDOUT)
+        output = ConsoleOutput(output_descriptor())
         console_input = input_descriptor() if has_input else None
         with MicroVM(
             self.memory_bytes, arena=arena, console=output, console_input=console_input
@@ -79,14 +77,14 @@ class Session:
             with Interruption(vm.stop, output.give_up) as interruption:
                 run_result = _run(vm, timeout_ns)
             run_result.stats = run_result.stats or vm.statistics()
-        if output.is_mid_line and os.isatty(_STDOUT):
-            click.echo(err=True)  # our first line must not continue the guest's last
+        if output.is_terminal and (output.is_mid_line or interruption.signal_name == "SIGINT"):
+            click.echo(err=True)  # our first line must not continue the guest's last, or ^C
         if run_result.report:
             click.echo(run_result.report.rstrip("\n"), err=True)
         if shows_stats:
-            from kvmmm.cli.summary import show
+            from kvmmm.cli.summary import show_statistics
 
-            show(run_result.stats)
+            show_statistics(run_result.stats)
         if json_file is not None:
             _write_json(json_file, self, run_result)
         click.echo(f"{_name(run_result)} {verdict(run_result, interruption.signal_name)}", err=True)

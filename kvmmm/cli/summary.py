@@ -8,112 +8,84 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmmm.cli.terminal import rich_console
+from kvmmm.cli.terminal import show
 from kvmmm.hostarch.addr import PAGE_BYTES
 from kvmmm.hostarch.units import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.table import Table
+    from collections.abc import Iterable
 
     from kvmmm.vmm.statistics import RunStatistics
 
     Row = tuple[str, str, str]
     """(what, how many, what that means)"""
 
+_COUNT_COLUMNS = 9
 
-def show(stats: RunStatistics) -> None:
-    """Print the tables on stderr."""
-    console = rich_console(stderr=True)
-    console.print()
-    console.print(_table("demand paging", _equation(stats)))
-    console.print(_sums(stats))
+
+def show_statistics(stats: RunStatistics) -> None:
+    """Print the summary on stderr."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, min_width=20)
+    table.add_column(no_wrap=True, justify="right", min_width=_COUNT_COLUMNS)
+    table.add_column(style="dim")
     for title, rows in (
         ("faults", _faults(stats)),
-        ("exits", _exits(stats)),
+        ("exits to kvmmm", _exits(stats)),
         ("memory", _memory(stats)),
         ("time", _times(stats)),
     ):
-        if rows:
-            console.print()
-            console.print(_table(title, rows))
-    console.print()
+        shown = [row for row in rows if row[1] != "0"]
+        if shown:
+            table.add_row()
+            table.add_row(f"[bold cyan]{title}[/bold cyan]")
+        for what, count, meaning in shown:
+            table.add_row(f"  {what}", count, meaning)
+    show("", "[bold cyan]demand paging[/bold cyan]", f"  {equation(stats)}", table, "", stderr=True)
 
 
-def _table(title: str, rows: Sequence[Row]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def equation(stats: RunStatistics) -> str:
+    """Return what every fault came to, as an equation in words, with rich's markup.
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(title, style="bold", header_style="bold cyan", min_width=18, no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True, min_width=10)
-    table.add_column("", style="dim")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _equation(stats: RunStatistics) -> list[Row]:
-    rows = [
-        (
-            "  EPT violations",
-            f"{stats.ept_violations}",
-            "accesses where no memslot was, or none to write",
-        ),
-    ]
+    A fault is an EPT violation (no memslot where the guest reached) or a #PF; each is one vma look-up
+    (may it?), and each look-up one pma that is made (insertion), found (hit), or refused.
+    """
+    left = [(stats.ept_violations, "EPT violation")]
+    right = [(stats.pma_insertions, "pma insertion"), (stats.pma_hits, "pma hit")]
     if stats.page_faults:
-        rows.append(
-            (
-                "+ page faults",
-                f"{stats.page_faults}",
-                "#PFs by kvmmm's IDT: the page tables forbade it",
-            )
-        )
-    rows += [
-        ("= vma look-ups", f"{stats.vma_lookups}", "may the guest do that there?"),
-        ("= pma insertions", f"{stats.pma_insertions}", "yes, and frames were allocated for it"),
-        ("+ pma hits", f"{stats.pma_hits}", "yes, and the frames were there already"),
-    ]
+        left.append((stats.page_faults, "page fault"))
     if stats.refused:
-        rows.append(("+ refused", f"{stats.refused}", "no: that ended the run"))
-    return rows
-
-
-def _sums(stats: RunStatistics) -> str:
-    faults = str(stats.ept_violations)
-    if stats.page_faults:
-        faults += f" + {stats.page_faults}"
-    served = f"{stats.pma_insertions} + {stats.pma_hits}"
-    if stats.refused:
-        served += f" + {stats.refused}"
+        right.append((stats.refused, "refusal"))
+    sides = (_sum(left), _plural(stats.vma_lookups, "vma look-up"), _sum(right))
     if stats.adds_up:
-        return f"[green]it adds up:[/green] {faults} = {stats.vma_lookups} = {served}"
-    return f"[bold red]it does not add up:[/bold red] {faults}, {stats.vma_lookups}, {served}"
+        return f"[bold]{' = '.join(sides)}[/bold]   [green]it adds up[/green]"
+    return f"[bold]{' | '.join(sides)}[/bold]   [bold red]it does not add up[/bold red]"
+
+
+def _sum(terms: Iterable[tuple[int, str]]) -> str:
+    return " + ".join(_plural(n, what) for n, what in terms)
+
+
+def _plural(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _faults(stats: RunStatistics) -> list[Row]:
-    if not stats.faults:
-        return []
-    wanted = [
-        ("to read", f"{stats.reads}", ""),
-        ("to write", f"{stats.writes}", ""),
-        ("to execute", f"{stats.executes}", ""),
+    return [
+        ("EPT violations", f"{stats.ept_violations}", "the guest reached where no memslot was"),
+        ("  by MMIO exit", f"{stats.mmio_faults}", "kvmmm made a slot, then the access by hand"),
+        ("  by restart", f"{stats.emulated_faults}", "kvmmm made a slot, and had it tried again"),
+        ("page faults", f"{stats.page_faults}", "#PF: the page tables forbade it"),
+        ("vma look-ups", f"{stats.vma_lookups}", "may the guest do that there?"),
+        ("  to read", f"{stats.reads}", ""),
+        ("  to write", f"{stats.writes}", ""),
+        ("  to execute", f"{stats.executes}", ""),
+        ("pma insertions", f"{stats.pma_insertions}", "it may: memory was found for it"),
+        ("pma hits", f"{stats.pma_hits}", "it may, and its memory was there already"),
+        ("refusals", f"{stats.refused}", "it may not, or nothing is left: the run ended"),
     ]
-    came = [
-        (
-            "as MMIO exits",
-            f"{stats.mmio_faults}",
-            "KVM found no usable memslot; kvmmm did the access",
-        ),
-        (
-            "by restarting",
-            f"{stats.emulated_faults}",
-            "KVM could not emulate it: made present, run again",
-        ),
-        ("as #PF", f"{stats.page_faults}", "through the default IDT"),
-    ]
-    return [row for row in (*wanted, *came) if row[1] != "0"]
 
 
 def _exits(stats: RunStatistics) -> list[Row]:
@@ -121,14 +93,13 @@ def _exits(stats: RunStatistics) -> list[Row]:
         (name, f"{count}", _EXITS.get(name, ""))
         for name, count in sorted(stats.exits.items(), key=lambda item: -item[1])
     ]
-    if stats.ignored_ports:
-        rows.append(("ignored ports", f"{stats.ignored_ports}", "nobody listens there; part of io"))
+    rows.append(("ignored ports", f"{stats.ignored_ports}", "of io: nobody listens there"))
     return rows
 
 
 _EXITS = {
-    "io": "port accesses: console, exit status, exceptions",
     "mmio": "EPT violations",
+    "io": "port accesses: console, exit status, exceptions",
     "internal_error": "instructions that KVM could not emulate",
     "hlt": "the guest halted",
     "shutdown": "a triple fault",
@@ -136,37 +107,29 @@ _EXITS = {
 
 
 def _memory(stats: RunStatistics) -> list[Row]:
-    rows = [
-        (
-            "given to the guest", format_bytes(stats.allocated_bytes),
-            f"{stats.allocated_bytes // PAGE_BYTES} pages, committed as they are touched",
-        ),
-        ("memslots", f"{stats.n_slots}", "ranges that KVM knows, kvmmm's own included"),
-        (
-            "arena", format_bytes(stats.used_bytes),
-            f"{format_bytes(stats.peak_bytes)} at most, kvmmm's own pages included",
-        ),
+    n_pages = stats.allocated_bytes // PAGE_BYTES
+    peak = format_bytes(stats.peak_bytes)
+    return [
+        ("guest memory", format_bytes(stats.allocated_bytes), _plural(n_pages, "page")),
+        ("arena", format_bytes(stats.used_bytes), f"with kvmmm's own pages; at most {peak}"),
+        ("memslots", f"{stats.n_slots}", "ranges of it that KVM knows"),
         ("console", format_bytes(stats.console_bytes), _console(stats)),
-    ]  # fmt: skip
-    return rows
+    ]
 
 
 def _console(stats: RunStatistics) -> str:
     if stats.coalesced_bytes:
-        return f"{format_bytes(stats.coalesced_bytes)} of it queued by KVM, without an exit"
-    return "what the guest printed"
+        return f"printed; {format_bytes(stats.coalesced_bytes)} queued by KVM, without an exit"
+    return "printed"
 
 
 def _times(stats: RunStatistics) -> list[Row]:
-    total_ns = stats.guest_ns + stats.handler_ns
-    if not total_ns:
+    if not stats.guest_ns:
         return []
-    share = stats.handler_ns / total_ns
-    n_exits = sum(stats.exits.values())
-    each = f", {_duration(stats.handler_ns / n_exits)} an exit" if n_exits else ""
+    share = stats.handler_ns / (stats.guest_ns + stats.handler_ns)
     return [
-        ("in the guest", _duration(stats.guest_ns), "KVM_RUN, KVM's own work included"),
-        ("in handlers", _duration(stats.handler_ns), f"{share:.1%}{each}"),
+        ("in the guest", _duration(stats.guest_ns), "KVM_RUN, with what KVM itself does"),
+        ("in handlers", _duration(stats.handler_ns), f"{share:.1%} of the run"),
     ]
 
 

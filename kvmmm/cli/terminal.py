@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
-    from rich.console import Console
+    from rich.console import RenderableType
 
 _PIPE_PIECE_BYTES = 4096
 """What a pipe or terminal takes without blocking once poll() says that it is writable (pipe(7))."""
@@ -35,8 +35,8 @@ class ConsoleLostError(KvmmmError, OSError):
 
     def __init__(self, err: int) -> None:
         gone = "nobody reads the guest's console any more"
-        what = gone if err == errno.EPIPE else f"the guest's console: {os.strerror(err)}"
-        super().__init__(err, f"{what}; the guest was stopped")
+        other = f"the guest's console (stdout) cannot be written: {os.strerror(err)}"
+        super().__init__(err, gone if err == errno.EPIPE else other)
 
     def __str__(self) -> str:
         return str(self.strerror)
@@ -51,6 +51,7 @@ class ConsoleOutput:
 
     Attributes:
         is_mid_line: Whether the last byte was something else than a newline.
+        is_terminal: Whether it goes to one.
     """
 
     def __init__(self, fd: int) -> None:
@@ -61,6 +62,7 @@ class ConsoleOutput:
         self._poll.register(fd, select.POLLOUT)
         self._has_given_up = False
         self.is_mid_line = False
+        self.is_terminal = os.isatty(fd)
 
     def __call__(self, chunk: bytes) -> None:
         """Write all of `chunk`.
@@ -133,17 +135,34 @@ class Interruption:
 
 def input_descriptor() -> int | None:
     """Return the descriptor of stdin, or None where it has been closed."""
-    try:
-        os.fstat(0)
-    except OSError:
-        return None
-    return 0
+    return 0 if sys.stdin is not None else None
 
 
-def rich_console(*, stderr: bool = False) -> Console:
-    """Return where tables go: in colour and as wide as the terminal, or plain and 100 columns wide."""
+def output_descriptor() -> int:
+    """Return the descriptor of stdout.
+
+    Raises:
+        ConsoleLostError: It has been closed; whatever is opened next will have its number.
+    """
+    if sys.stdout is None:
+        raise ConsoleLostError(errno.EBADF)
+    return 1
+
+
+def show(*parts: RenderableType, stderr: bool = False) -> None:
+    """Print rich's renderables: in colour and as wide as the terminal, or plain, 100 columns wide."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else _PLAIN_COLUMNS
-    return Console(stderr=stderr, highlight=False, width=width)
+    if stream is None:  # closed by whoever started us
+        return
+    is_terminal = stream.isatty()
+    console = Console(file=stream, highlight=False, width=None if is_terminal else _PLAIN_COLUMNS)
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part)
+    text = captured.get()
+    if not is_terminal:  # tables are padded; files and diffs should not be
+        text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+    stream.write(text)
+    stream.flush()

@@ -23,15 +23,18 @@ def _exit_with(status: int) -> bytes:
 
 
 def _ring() -> Finding:
-    code = (
-        b"\x48\x8b\x9f" + _displacement("kvmmm_boot_info", "console")  # mov console(%rdi), %rbx
-        + b"\x48\x8b\xbb" + _displacement("kvmmm_console", "out_data")  # mov out_data(%rbx), %rdi
-        + b"\x48\x8d\x35" + struct.pack("<I", 7 + 2 + 10 + 2 + 7)  # lea text(%rip), %rsi
-        + mov_ecx(len(_TEXT)) + b"\xf3\xa4"  # rep movsb
+    copy_and_ring = (
+        mov_ecx(len(_TEXT)) + b"\xf3\xa4"  # rep movsb
         + b"\x48\xc7\x83" + _displacement("kvmmm_console", "out_head")
         + struct.pack("<I", len(_TEXT))  # movq $len, out_head(%rbx)
         + bytes((0xE6, lib.KVMMM_PORT_DOORBELL))  # out %al, $DOORBELL
-        + _exit_with(7) + _TEXT
+        + _exit_with(7)
+    )  # fmt: skip
+    code = (
+        b"\x48\x8b\x9f" + _displacement("kvmmm_boot_info", "console")  # mov console(%rdi), %rbx
+        + b"\x48\x8b\xbb" + _displacement("kvmmm_console", "out_data")  # mov out_data(%rbx), %rdi
+        + b"\x48\x8d\x35" + struct.pack("<I", len(copy_and_ring))  # lea text(%rip), %rsi
+        + copy_and_ring + _TEXT
     )  # fmt: skip
     with Lab(code) as lab:
         run_result = lab.run_raw()

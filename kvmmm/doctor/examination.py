@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 THEMES: tuple[tuple[str, tuple[Check, ...]], ...] = (
     ("device", (device.OPEN, *device.CHECKS)),
+    ("capabilities (KVM_CAP_...)", device.CAPABILITIES),
     ("rings and exceptions", ring.CHECKS),
     ("CPU features", feature.CHECKS),
-    ("memory on demand", violation.CHECKS),
+    ("EPT violations", violation.CHECKS),
     ("translations", paging.CHECKS),
     ("stopping", stop.CHECKS),
     ("console", console.CHECKS),
@@ -75,11 +76,8 @@ class Examination:
         if not isinstance(ratio, (int, float)):
             return f"A KVM with {kind}."
         if ratio < speed.EMULATED:
-            return f"A KVM with {kind}; ring 0 runs natively, like ring 3."
-        return (
-            f"A KVM with {kind}; ring 3 runs natively, ring 0 is emulated. "
-            "Keep a guest's work in ring 3."
-        )
+            return f"A KVM with {kind}; ring 0 runs as fast as ring 3."
+        return f"A KVM with {kind}; ring 0 is emulated. Keep a guest's work in ring 3."
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it, ready for JSON."""

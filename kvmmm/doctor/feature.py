@@ -92,7 +92,7 @@ def _cpuid() -> Finding:
         return ok("what kvmmm sets is what guests see", value="virtual")
     where = "ring 3" if in_ring0 else "any ring"
     return differs(
-        f"in {where} guests see the host's own CPUID",
+        f"in {where} guests see the host's own",
         "guests should trust the features in their boot information, not cpuid",
         value="native",
     )
@@ -100,12 +100,14 @@ def _cpuid() -> Finding:
 
 def _rename_cpu(lab: Lab) -> None:
     """Give the vCPU a brand string that no CPU has."""
-    source = lab.vm.vm.device.cpuid.table
-    table = ffi.new("uint8_t[]", bytes(ffi.buffer(source)))
-    for offset in range(8, len(table), _CPUID_ENTRY_BYTES):
-        buffer = ffi.buffer(table)
-        if struct.unpack_from("<I", buffer, offset)[0] == _BRAND_LEAF:
-            buffer[offset + 12 : offset + 28] = _BRAND
+    source = ffi.buffer(lab.vm.vm.device.cpuid.table)
+    table = ffi.new("uint8_t[]", len(source))
+    copy = ffi.buffer(table)
+    copy[:] = source[:]
+    # struct kvm_cpuid2: a count and padding, then entries: function, index, flags, eax to edx, padding.
+    for offset in range(8, len(source), _CPUID_ENTRY_BYTES):
+        if struct.unpack_from("<I", source, offset)[0] == _BRAND_LEAF:
+            copy[offset + 12 : offset + 28] = _BRAND
     rc = ioctl(lab.vm.vcpu.fd, abi.KVM_SET_CPUID2, address_of(table))
     if rc < 0:
         raise IoctlError("KVM_SET_CPUID2", "another brand string", -rc)
@@ -113,7 +115,7 @@ def _rename_cpu(lab: Lab) -> None:
 
 def _giant_pages() -> Finding:
     if not open_device().cpuid.has_giant_pages:
-        return differs("KVM does not offer them: tables have 2 MiB leaves at most", value=False)
+        return differs("KVM does not offer them: 2 MiB at most", value=False)
 
     def script(lab: Lab) -> Script:
         tables: Any = lab.vm.area.tables
@@ -136,10 +138,10 @@ def _translate() -> Finding:
         asked = (BASE, DATA + 0x123, UNTOUCHED, lab.vm.area.start, ELSEWHERE + 8, 0, ELSEWHERE << 1)
         for gva in asked:
             found = tables.lookup(gva)
-            expected = None if found is None else found.gpa
+            expected = None if found is None else found.gpa + gva - found.gva
             said = lab.vm.vcpu.translate(gva)
             if said != expected:
-                return missing(f"{gva:#x} leads to {said}, and should to {expected}")
+                return missing(f"says {said} for {gva:#x}; the tables say {expected}")
         return ok(f"agrees with the page tables at {len(asked)} addresses")
 
     with Lab(STEP + jump_back(2)) as lab:

@@ -94,6 +94,9 @@ class Lab:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._script is not None:
+            self._script.close()  # it may hold views of guest memory
+            self._script = None
         self.vm.close()
 
     def run(self, *, expects_trap: bool = False) -> dict[str, int]:

@@ -152,22 +152,19 @@ def _dummy_slot(lab: Lab, pages: _SharedPages, _before: int) -> None:
 def _edit() -> Finding:
     stale = _count_stale(_READ_LOOP, 3, _nothing)
     if stale:
-        return differs(
-            f"not seen in {stale} of {_ROUNDS} edits of a present entry", "a shootdown follows each",
-            value=False,
-        )  # fmt: skip
-    return ok(f"seen at once in {_ROUNDS} of {_ROUNDS}", value=True)
+        return differs(f"{stale} of {_ROUNDS} unseen without a shootdown", value=False)
+    return ok(f"{_ROUNDS} of {_ROUNDS} seen at once", value=True)
 
 
 def _paging() -> Finding:
     stale = _count_stale_after_reload()
     if stale:
         return differs(
-            f"page tables are shadowed: {stale} of {_ROUNDS} edits not seen after a CR3 load",
-            "a shootdown follows each edit of a present entry",
+            f"shadowed tables: {stale} of {_ROUNDS} edits unseen after a CR3 load",
+            "an edit of a present entry needs a shootdown, below",
             value="shadow",
         )
-    return ok("the CPU walks the guest's own tables (nested paging)", value="nested")
+    return ok("nested: the CPU walks the guest's own tables", value="nested")
 
 
 def _count_stale_after_reload() -> int:
@@ -223,7 +220,7 @@ CHECKS = (
     Check("memslot_cost", "memslots", _slot_costs),
     Check("memslot_removal", "memslot removal", _removal),
     Check("paging", "paging", _paging, is_needed=False),
-    Check("edit", "host edits of page tables", _edit, is_needed=False),
+    Check("edit", "host edits present entry", _edit, is_needed=False),
     Check(
         "shootdown_madvise", "shootdown by madvise", lambda: _shootdown(_drop_data),
         is_needed=False,

@@ -34,7 +34,9 @@ _SFMASK = 0x4_4700  # AC, NT, DF, IF, TF
 def _ring0() -> Finding:
     with Lab(CS_TO_EAX + END, ring=0) as lab:
         cs = lab.run()["rax"]
-    return ok("64-bit, by the boot tables") if cs == lib.KVMMM_KERNEL_CS else missing(f"CS is {cs:#x}")
+    return (
+        ok("64-bit, by the boot tables") if cs == lib.KVMMM_KERNEL_CS else missing(f"CS is {cs:#x}")
+    )
 
 
 def _ring3() -> Finding:
@@ -126,7 +128,7 @@ def _syscall() -> Finding:
     if regs["rax"] & 3:
         return differs(
             "reaches LSTAR and stays in ring 3",
-            "an entry that does not care for its ring works: a user page, no stack, no swapgs",
+            "an entry works that minds no ring: on a user page, no stack, no swapgs",
             value="ring 3",
         )
     return ok("enters ring 0 at LSTAR", value="ring 0")
@@ -141,7 +143,7 @@ def _int_n() -> Finding:
         return ok("int $0x80 goes through its DPL 3 gate", value=True)
     return differs(
         f"int $0x80 gives {trap_name(frame.vector)}",
-        "guests should ask by `out` or syscall, which work on every KVM",
+        "guests ask by `out` or syscall, which work on every KVM",
         value=False,
     )
 

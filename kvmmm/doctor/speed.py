@@ -42,12 +42,13 @@ def _instruction_ns(ring: int) -> float:
 def _rings() -> Finding:
     ring0_ns, ring3_ns = _instruction_ns(0), _instruction_ns(3)
     ratio = ring0_ns / ring3_ns
-    shown = f"{_ns(ring0_ns)} an instruction in ring 0, {_ns(ring3_ns)} in ring 3"
+    shown = f"{_ns(ring0_ns)} an instruction in ring 0, {_ns(ring3_ns)} in 3"
     if ratio < EMULATED:
         return ok(shown, value=ratio)
     return differs(
-        f"{shown}: ring 0 is emulated, {ratio:.0f} times slower",
-        "do a guest's work in ring 3; in ring 0 KVM interprets, and knows few instructions",
+        shown,
+        f"ring 0 is emulated, {ratio:.0f} times slower, and knows few instructions: do a guest's "
+        "work in ring 3",
         value=ratio,
     )
 
@@ -68,7 +69,7 @@ def _exit_cost() -> Finding:
     with Lab(STEP + mov_ecx(_N_TICKS) + loop + STEP + END) as lab:
         lab.vm.on_out(PORT_TICK, tick, value_only=True)
         us = float(lab.play(script(lab)))
-    return ok(f"{us:.1f} us for an `out` from ring 3 with a Python handler", value=us)
+    return ok(f"{us:.1f} us for an `out` with a Python handler", value=us)
 
 
 def _ns(ns: float) -> str:

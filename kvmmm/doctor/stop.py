@@ -54,12 +54,12 @@ def _immediate_exit() -> Finding:
         n_exits = sum(lab.vm.statistics().exits.values())
     if run_result.outcome != result.STOPPED or n_exits:
         return missing(f"the run ended as {run_result.outcome} after {n_exits} exits")
-    return ok("a stop in advance lets no instruction through")
+    return ok("a stop in advance lets nothing run")
 
 
 CHECKS = (
-    Check("stop_ring3", "stop a spinning guest, ring 3", lambda: _stop(3)),
-    Check("stop_ring0", "stop a spinning guest, ring 0", lambda: _stop(0)),
+    Check("stop_ring3", "stop a spin in ring 3", lambda: _stop(3)),
+    Check("stop_ring0", "stop a spin in ring 0", lambda: _stop(0)),
     Check("deadline", "deadline timer", _deadline),
     Check("immediate_exit", "immediate_exit", _immediate_exit),
 )

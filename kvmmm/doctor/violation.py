@@ -110,8 +110,7 @@ def _how(lab: Lab) -> str:
     stats = lab.vm.statistics()
     kinds = (
         (stats.mmio_faults, "MMIO exit", "MMIO exits"),
-        (stats.emulated_faults, "page made present, instruction restarted",
-         "pages made present, instruction restarted"),
+        (stats.emulated_faults, "page, restarted", "pages, restarted"),
     )  # fmt: skip
     return ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in kinds if n) or "no exit"
 
@@ -157,16 +156,16 @@ def _check(key: str, name: str, case: _Case) -> Check:
 
 
 CHECKS = (
-    _check("ept_read", "EPT violation: read", _READ),
-    _check("ept_write", "EPT violation: write", _WRITE),
-    _check("ept_rmw", "EPT violation: lock xadd", _RMW),
-    _check("ept_push", "EPT violation: push", _PUSH),
-    _check("ept_straddle", "EPT violation: two windows", _STRADDLE),
-    _check("ept_fetch", "EPT violation: fetch", _FETCH),
+    _check("ept_read", "read", _READ),
+    _check("ept_write", "write", _WRITE),
+    _check("ept_rmw", "lock xadd", _RMW),
+    _check("ept_push", "push", _PUSH),
+    _check("ept_straddle", "read across two windows", _STRADDLE),
+    _check("ept_fetch", "instruction fetch", _FETCH),
     Check(
-        "ept_cmpxchg16b", "EPT violation: cmpxchg16b", lambda: _restart(_CMPXCHG16B),
+        "ept_cmpxchg16b", "cmpxchg16b", lambda: _restart(_CMPXCHG16B),
         is_needed=False,
     ),
-    Check("ept_avx", "EPT violation: AVX", _avx, is_needed=False),
-    Check("readonly", "READONLY memslot", _readonly),
+    Check("ept_avx", "AVX load", _avx, is_needed=False),
+    Check("readonly", "write to a READONLY slot", _readonly),
 )  # fmt: skip

@@ -65,7 +65,7 @@ class AddrRange:
 
     def overlaps(self, other: AddrRange) -> bool:
         """Return whether the two share a byte."""
-        return self.start < other.end and other.start < self.end
+        return max(self.start, other.start) < min(self.end, other.end)
 
     def intersect(self, other: AddrRange) -> Self:
         """Return the shared part; empty, at this range's start, when there is none."""

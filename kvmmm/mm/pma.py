@@ -133,7 +133,8 @@ def allocate_locked(
     Source:
         gVisor mm.getPMAsInternalLocked, the allocation of private anonymous memory.
     """
-    gap_start, gap_end = next(g for g in mm.pmas.gaps(vma_start, vma_end) if g[0] <= addr < g[1])
+    gap = mm.pmas.find_gap(addr) or (vma_start, vma_end)
+    gap_start, gap_end = max(gap[0], vma_start), min(gap[1], vma_end)
     wanted = mm.window.place(
         addr, (gap_start, gap_end), vma_end - vma_start, mm.address_space.min_window_bytes
     )

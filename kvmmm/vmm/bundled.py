@@ -116,13 +116,13 @@ def find(name: str) -> BundledGuest:
     import difflib
 
     shown = [guest.name for guest in guests() if guest.group != "bench"]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]}?\n" if near else ""
     raise ImageNotFoundError(
         name,
         errno.ENOENT,
         "there is no such file, and no bundled guest of that name",
-        f"{hint}bundled guests: {', '.join(shown)}; `kvmmm guests` says what each does",
+        f"{hint}bundled guests: {', '.join(shown)}\n`kvmmm guests` says what each does",
     )
 
 

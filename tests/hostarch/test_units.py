@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,3 +93,19 @@ def test_format_bytes(n_bytes: int, text: str):
 def test_format_is_what_parse_reads(n_bytes: int):
     back = parse_bytes(format_bytes(n_bytes))
     assert abs(back - n_bytes) <= n_bytes * 0.05
+
+
+@pytest.mark.parametrize("parse", [parse_bytes, parse_duration_ns])
+def test_absurd_numbers_are_refused_like_any_other(parse: Callable[[str], int]):
+    with pytest.raises(ValueError, match="is no|lies above zero"):
+        parse("9" * 400)
+
+
+def test_infinity_is_no_duration():
+    with pytest.raises(ValueError, match="lies above zero"):
+        parse_duration_ns(float("inf"))
+
+
+def test_sizes_are_exact_and_round_up_to_the_next_unit():
+    assert parse_bytes("9007199254740993") == 9007199254740993
+    assert format_bytes(1048575) == "1 MiB"

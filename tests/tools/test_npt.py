@@ -20,7 +20,7 @@ MODULES = ("bytecode", "cpio", "host", "layer", "selection")
 
 
 @pytest.fixture(scope="module")
-def npt() -> Iterator[Any]:
+def npt() -> Iterator[SimpleNamespace]:
     """The tool's modules; a script's own, so they are on the path and in sys.modules only here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(TOOL))
@@ -40,7 +40,7 @@ def run_tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-def written(layer: Any, folder: Path) -> Path:
+def written(layer: Any, folder: Path) -> Path:  # noqa: ANN401 - a script's class
     archive = folder / "archive.cpio"
     with archive.open("wb") as out:
         layer.write(out)
@@ -64,7 +64,7 @@ def members(archive: Path) -> dict[str, bytes]:
         at = (at + length_bytes + 3) & ~3
 
 
-def test_links_on_the_way_are_mirrored(npt, tmp_path):
+def test_links_on_the_way_are_mirrored(npt: SimpleNamespace, tmp_path: Path):
     real = tmp_path / "real"
     (real / "deep").mkdir(parents=True)
     (real / "deep" / "file").write_bytes(b"abcde")
@@ -79,7 +79,7 @@ def test_links_on_the_way_are_mirrored(npt, tmp_path):
     assert found[f"{top}/real/deep/file"] == b"abcde"
 
 
-def test_a_fingerprint_changes_with_a_file(npt, tmp_path):
+def test_a_fingerprint_changes_with_a_file(npt: SimpleNamespace, tmp_path: Path):
     def fingerprint() -> str:
         layer = npt.layer.Layer()
         layer.mirror_tree(tmp_path, lambda _entry: True)
@@ -94,7 +94,9 @@ def test_a_fingerprint_changes_with_a_file(npt, tmp_path):
     assert len({first, second, fingerprint()}) == 3
 
 
-def test_bytecode_comes_along_and_is_taken_without_a_look_at_the_source(npt, tmp_path):
+def test_bytecode_comes_along_and_is_taken_without_a_look_at_the_source(
+    npt: SimpleNamespace, tmp_path: Path
+):
     folder = tmp_path / "here"
     folder.mkdir()
     (folder / "thing.py").write_text("VALUE = 1\n")
@@ -116,7 +118,7 @@ def test_bytecode_comes_along_and_is_taken_without_a_look_at_the_source(npt, tmp
     assert shown.stdout == "1\n"
 
 
-def test_pytest_takes_the_tests_rewritten_here(npt, tmp_path):
+def test_pytest_takes_the_tests_rewritten_here(npt: SimpleNamespace, tmp_path: Path):
     from _pytest.assertion import rewrite
 
     source = tmp_path / "test_it.py"

@@ -26,17 +26,20 @@ if TYPE_CHECKING:
     from kvmmm.safemem.ffi import MmioExit
 
 _SLOTS_KEPT_FREE = 4
-"""Below this many free slots neighbours are merged before another is added."""
+"""Below this many free slots neighbours are merged before another is added; with none, all go."""
 
 
 class MemslotAddressSpace:
     """The guest-physical address space of one VM.
 
     Slots that the mm did not ask for (the system area) are registered on the VM directly and are
-    never
-    touched here: `max_addr` ends below them.
+    never touched here: `max_addr` ends below them.
 
     Not locked: the mm calls it with its own lock held.
+
+    Attributes:
+        n_merges: How often neighbouring slots became one.
+        n_evictions: How often all slots were dropped because none was free.
     """
 
     def __init__(self, vm: Vm, max_addr: int) -> None:
@@ -44,14 +47,14 @@ class MemslotAddressSpace:
         self.max_addr = max_addr
         self._slots = vm.memslots
         self.n_merges = 0
+        self.n_evictions = 0
 
     @property
     def min_window_bytes(self) -> int:
         """2 MiB while slots are plentiful; grows as they run out, so that a few more cover all."""
-        free = self._slots.limit - len(self._slots)
-        if free > self._slots.limit // 2:
+        if self._n_free > self._slots.limit // 2:
             return HUGE_PAGE_BYTES
-        per_slot = self.max_addr // max(free, 1)
+        per_slot = self.max_addr // max(self._n_free, 1)
         window = HUGE_PAGE_BYTES
         while window < per_slot * 2:
             window <<= 1
@@ -64,25 +67,44 @@ class MemslotAddressSpace:
         Execution cannot be withheld by a slot; the page tables do that.
 
         Raises:
-            StateError: A slot that is there must change, and a vCPU is running; or no slot is left.
+            StateError: A slot that is there must change, and a vCPU is running.
             IoctlError: KVM refused.
         """
         delta = file.hva + fr.start - addr
         flags = 0 if perms & WRITE else abi.KVM_MEM_READONLY
         end = addr + fr.length_bytes
         start = addr
-        for slot in self._slots.overlapping(addr, end):
+        for slot in self._with_room_for(addr, end):
             if slot.delta == delta and slot.flags == flags:
                 if start < slot.gpa:
-                    self._add(start, slot.gpa, delta, flags)
+                    self._slots.add(start, slot.gpa - start, delta + start, flags)
                 start = max(start, slot.end)
             else:
                 self._cut(slot, addr, end)
         if start < end:
-            self._add(start, end, delta, flags)
+            self._slots.add(start, end - start, delta + start, flags)
+
+    def _with_room_for(self, start: int, end: int) -> list[Memslot]:
+        """Return the slots in a range, with a free one for every piece around and between them."""
+        there = self._slots.overlapping(start, end)
+        if self._n_free > _SLOTS_KEPT_FREE + len(there):
+            return there
+        self._merge_neighbours()
+        there = self._slots.overlapping(start, end)
+        if self._n_free > len(there):
+            return there
+        # Like any cache: what is wanted again faults again.
+        for _, _, slot in list(self._slots.by_gpa.segments(0, self.max_addr)):
+            self._cut(slot, slot.gpa, slot.end)
+        self.n_evictions += 1
+        return []
+
+    @property
+    def _n_free(self) -> int:
+        return self._slots.limit - len(self._slots)
 
     def unmap(self, ar: AddrRange) -> None:
-        """Delete the slots in `ar`; what sticks out of it gets slots of its own.
+        """Delete the slots in `ar`; what sticks out of it gets slots of its own while some are free.
 
         Raises:
             StateError: A vCPU is running.
@@ -120,13 +142,8 @@ class MemslotAddressSpace:
         self._slots.remove(slot)
         if slot.gpa < start:
             self._slots.add(slot.gpa, start - slot.gpa, slot.hva, slot.flags)
-        if end < slot.end:
+        if end < slot.end and self._n_free:
             self._slots.add(end, slot.end - end, slot.delta + end, slot.flags)
-
-    def _add(self, start: int, end: int, delta: int, flags: int) -> None:
-        if self._slots.limit - len(self._slots) <= _SLOTS_KEPT_FREE:
-            self._merge_neighbours()
-        self._slots.add(start, end - start, delta + start, flags)
 
     def _merge_neighbours(self) -> None:
         """Merge runs of slots that one slot could be: adjacent, same host distance, same flags."""

@@ -55,10 +55,14 @@ class MemslotTable:
     """The slots of one VM, by guest-physical address.
 
     Not locked: the owner (`MemslotAddressSpace`, or a VM before it runs) serialises changes.
+
+    Attributes:
+        vm_fd: The VM's descriptor; -1 once it is closed.
+        limit: How many slots there can be.
     """
 
     def __init__(self, vm_fd: int, limit: int) -> None:
-        self._vm_fd = vm_fd
+        self.vm_fd = vm_fd
         self.limit = limit
         self.by_gpa: SegmentSet[Memslot] = SegmentSet()
         self._free_numbers: list[int] = []
@@ -121,7 +125,7 @@ class MemslotTable:
         region.guest_phys_addr = gpa
         region.memory_size = length_bytes
         region.userspace_addr = hva
-        rc = ioctl(self._vm_fd, abi.KVM_SET_USER_MEMORY_REGION, self._region_hva)
+        rc = ioctl(self.vm_fd, abi.KVM_SET_USER_MEMORY_REGION, self._region_hva)
         if rc < 0:
             raise IoctlError(
                 "KVM_SET_USER_MEMORY_REGION",

@@ -7,6 +7,7 @@ for.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from kvmmm.errors import IoctlError
@@ -59,7 +60,7 @@ def _check(name: str, arguments: str, rc: int) -> int:
 
 
 class Vcpu(VcpuCore):
-    """A vCPU. Made by `Vm.create_vcpu`, closed by its VM.
+    """A vCPU. Made by `Vm.create_vcpu`, closed by its VM. Takes the descriptor over, even if it raises.
 
     `run` and `once` must be called on one thread at a time; `stop` from any.
     """
@@ -67,7 +68,18 @@ class Vcpu(VcpuCore):
     __slots__ = ("_sync", "device", "number")
 
     def __init__(self, fd: int, device: Device, number: int) -> None:
-        super().__init__(fd, device.vcpu_mmap_bytes)
+        try:
+            super().__init__(fd, device.vcpu_mmap_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        try:
+            self._set_up(fd, device, number)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, fd: int, device: Device, number: int) -> None:
         self.device = device
         self.number = number
         self._sync = ffi.cast("struct kvm_run *", self.run_hva)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Self
 
-from kvmmm.errors import IoctlError
+from kvmmm.errors import IoctlError, StateError
 from kvmmm.platform.kvm import abi
 from kvmmm.platform.kvm.device import Device, open_device
 from kvmmm.platform.kvm.memslot import MemslotTable
@@ -65,11 +65,7 @@ class Vm:
         fd = ioctl(self.fd, abi.KVM_CREATE_VCPU, number)
         if fd < 0:
             raise IoctlError("KVM_CREATE_VCPU", f"id={number}", -fd)
-        try:
-            vcpu = Vcpu(fd, self.device, number)
-        except OSError:
-            os.close(fd)
-            raise
+        vcpu = Vcpu(fd, self.device, number)
         self.vcpus.append(vcpu)
         return vcpu
 
@@ -87,13 +83,19 @@ class Vm:
         return self.device.capability(abi.KVM_CAP_COALESCED_MMIO)
 
     def close(self) -> None:
-        """Close vCPUs, then the VM. Idempotent."""
+        """Close vCPUs, then the VM. Idempotent.
+
+        Raises:
+            StateError: A vCPU is running.
+        """
+        if any(vcpu.thread_id for vcpu in self.vcpus):
+            raise StateError("the vCPU is running: stop it first")
         while self.vcpus:
             self.vcpus[-1].close()
             self.vcpus.pop()
         if self.fd >= 0:
             os.close(self.fd)
-            self.fd = -1
+            self.fd = self.memslots.vm_fd = -1
 
     def __enter__(self) -> Self:
         return self

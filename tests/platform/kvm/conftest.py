@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -11,8 +10,9 @@ from kvmmm.arena import Arena
 from kvmmm.hostarch.access import ANY_ACCESS, READ_WRITE
 from kvmmm.pagetables import MemoryTableAllocator, PageTables
 from kvmmm.pagetables.pte import flags_of
-from kvmmm.platform.kvm import boot
+from kvmmm.platform.kvm import abi, boot, memslot
 from kvmmm.platform.kvm.vm import Vm
+from kvmmm.safemem.ffi import ffi
 
 MEMORY = 2 << 20
 TABLES, GDT, IDT, TSS, STUBS = 0x1_0000, 0x2000, 0x3000, 0x4000, 0x5000
@@ -66,13 +66,10 @@ class Rig:
         regs = vcpu.regs
         regs.rip, regs.rsp, regs.rflags = rip, STACK_TOP, boot.RFLAGS_RESERVED
         if ring:
-            sregs = vcpu.get_sregs()
-            self._boot_sregs(sregs)
+            sregs = ffi.new("struct kvm_sregs *")
+            ffi.memmove(sregs, vcpu.trial.sregs, len(vcpu.trial.sregs))
+            sregs.cr3, sregs.gdt.base, sregs.idt.base, sregs.tr.base = TABLES, GDT, IDT, TSS
             vcpu.return_to_frame(sregs, rip=rip, cs=0x33, rflags=2, rsp=STACK_TOP, ss=0x2B)
-
-    def _boot_sregs(self, sregs: Any) -> None:  # noqa: ANN401 - a cffi struct
-        boot.fill_sregs(sregs)
-        sregs.cr3, sregs.gdt.base, sregs.idt.base, sregs.tr.base = TABLES, GDT, IDT, TSS
 
     def once(self, seconds: float = 10.0) -> object:
         """Run to the next exit."""
@@ -83,6 +80,43 @@ class Rig:
         self.vm.close()
         self.memory.release()
         self.arena.close()
+
+
+class Kernel:
+    """What KVM keeps of memslots: by number. Without KVM, and with errors on demand.
+
+    Attributes:
+        slots: (gpa, length in bytes, hva, flags) by number.
+        error: Errno that the next calls fail with; 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.slots: dict[int, tuple[int, int, int, int]] = {}
+        self.error = 0
+
+    def ioctl(self, _fd: int, request: int, hva: int) -> int:
+        """KVM_SET_USER_MEMORY_REGION, as strict as KVM."""
+        assert request == abi.KVM_SET_USER_MEMORY_REGION
+        if self.error:
+            return -self.error
+        region = ffi.cast("struct kvm_userspace_memory_region *", hva)
+        gpa, size = int(region.guest_phys_addr), int(region.memory_size)
+        if not size:
+            assert region.slot in self.slots
+            del self.slots[region.slot]
+            return 0
+        assert region.slot not in self.slots
+        assert not any(gpa < g + n and g < gpa + size for g, n, _, _ in self.slots.values())
+        self.slots[region.slot] = (gpa, size, int(region.userspace_addr), int(region.flags))
+        return 0
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """Have memslots go to a `Kernel`."""
+    kernel = Kernel()
+    monkeypatch.setattr(memslot, "ioctl", kernel.ioctl)
+    return kernel
 
 
 @pytest.fixture

@@ -4,49 +4,23 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
+from kvmmm.arena import Arena
 from kvmmm.errors import IoctlError, RangeError, StateError
-from kvmmm.platform.kvm import abi, memslot
+from kvmmm.platform.kvm import abi
 from kvmmm.platform.kvm.memslot import MemslotTable
 from kvmmm.platform.kvm.vm import Vm
 from kvmmm.safemem.ffi import HostMapping
 
-from kvmmm.arena import Arena
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.platform.kvm.conftest import Kernel
 
 PAGE = 4096
-Call = tuple[int, int, int, int, int]
-
-
-class Kernel:
-    """What KVM keeps: slots by number. An ioctl for `memslot`, with errors on demand."""
-
-    def __init__(self) -> None:
-        self.slots: dict[int, tuple[int, int, int, int]] = {}
-        self.error = 0
-
-    def ioctl(self, _fd: int, request: int, hva: int) -> int:
-        assert request == abi.KVM_SET_USER_MEMORY_REGION
-        if self.error:
-            return -self.error
-        region = memslot.ffi.cast("struct kvm_userspace_memory_region *", hva)
-        if region.memory_size:
-            assert region.slot not in self.slots
-            self.slots[region.slot] = (
-                region.guest_phys_addr, region.memory_size, region.userspace_addr, region.flags,
-            )  # fmt: skip
-        else:
-            del self.slots[region.slot]
-        return 0
-
-
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    kernel = Kernel()
-    monkeypatch.setattr(memslot, "ioctl", kernel.ioctl)
-    return kernel
 
 
 def test_add_and_remove(kernel: Kernel):
