@@ -9,8 +9,8 @@
     guests.py      `kvmmm guests`
     doctor.py      `kvmmm doctor`: how kvmmm.doctor's findings look
 
-A guest's console is stdout and stdin; everything that kvmmm itself has to say goes to stderr, and its
-last line says whose the exit status is. Nothing else in kvmmm prints.
+A guest's console is stdout and stdin; everything that kvmmm itself has to say goes to stderr, and
+its last line says whose the exit status is. Nothing else in kvmmm prints.
 """
 
 from __future__ import annotations

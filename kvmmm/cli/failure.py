@@ -1,7 +1,7 @@
 """The one place where an error becomes a message on stderr and an exit code.
 
-Expected errors (`KvmmmError`, `OSError`, wrong usage, Ctrl-C, a closed pipe) never show a traceback,
-unless KVMMM_DEBUG is set; anything else is a defect of kvmmm's and always does.
+Expected errors (`KvmmmError`, `OSError`, wrong usage, Ctrl-C, a closed pipe) never show a
+traceback, unless KVMMM_DEBUG is set; anything else is a defect of kvmmm's and always does.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def _explain_os_error(error: OSError) -> int:
 
 
 def _show_usage(error: click.ClickException) -> None:
+    error.show()
     # A dash that was meant for the guest is the commonest mistake.
     if isinstance(error, click.NoSuchOption) and error.ctx and error.ctx.info_name == "run":
-        error.message = f"{error.message.rstrip('.')}; what is meant for the guest goes after --"
-    error.show()
+        click.echo("What is meant for the guest goes after --: kvmmm run NAME -- ARGS", err=True)
 
 
 def _notes(error: BaseException) -> str:

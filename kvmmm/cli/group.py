@@ -26,7 +26,7 @@ _COMMANDS = {
 class LazyGroup(click.Group):
     """A group that imports a command when it is wanted, and whose errors end in `failure`."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002, PLR6301
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """Return the commands in the order in which a newcomer meets them."""
         return [name for name, (module, _) in _COMMANDS.items() if find_spec(module) is not None]
 

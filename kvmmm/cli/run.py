@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import IO
+
 import click
 
 from kvmmm.cli.parameter import ADDRESS, DURATION, SIZE
@@ -64,12 +66,12 @@ Examples:
 def run(
     image: str, args: tuple[str, ...], memory: int | None, arena: int | None, timeout: int | None,
     base: int | None, rwx: bool, no_input: bool, stats: bool,
-    json_file: click.utils.LazyFile | None,
+    json_file: IO[str] | None,
 ) -> int:  # fmt: skip
     """Run a guest: a static x86-64 ELF, a flat binary with --base, or a bundled guest by NAME.
 
-    The guest's console is stdin and stdout; all that kvmmm has to say goes to stderr. ARGS become the
-    guest's command line. Ctrl-C stops the guest, and says where it was.
+    The guest's console is stdin and stdout; all that kvmmm has to say goes to stderr. ARGS become
+    the guest's command line. Ctrl-C stops the guest, and says where it was.
     """
     from kvmmm.cli.session import Session
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Self
 
 import click
 
@@ -64,7 +64,7 @@ class Session:
 
     def run(
         self, *, arena: int | None, timeout_ns: int | None, has_input: bool, shows_stats: bool,
-        json_file: IO[Any] | None,
+        json_file: IO[str] | None,
     ) -> int:  # fmt: skip
         """Run it, say how it went, and return the exit code."""
         output = ConsoleOutput(output_descriptor())
@@ -126,7 +126,7 @@ def _name(run_result: RunResult) -> str:
     return click.style("kvmmm:", fg="green" if run_result.exit_code == 0 else "red", bold=True)
 
 
-def _write_json(file: IO[Any], session: Session, run_result: RunResult) -> None:
+def _write_json(file: IO[str], session: Session, run_result: RunResult) -> None:
     import json
 
     passed, failed = run_result.tests

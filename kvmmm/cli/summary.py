@@ -49,8 +49,8 @@ def show_statistics(stats: RunStatistics) -> None:
 def equation(stats: RunStatistics) -> str:
     """Return what every fault came to, as an equation in words, with rich's markup.
 
-    A fault is an EPT violation (no memslot where the guest reached) or a #PF; each is one vma look-up
-    (may it?), and each look-up one pma that is made (insertion), found (hit), or refused.
+    A fault is an EPT violation (no memslot where the guest reached) or a #PF; each is one vma
+    look-up (may it?), and each look-up one pma that is made (insertion), found (hit), or refused.
     """
     left = [(stats.ept_violations, "EPT violation")]
     right = [(stats.pma_insertions, "pma insertion"), (stats.pma_hits, "pma hit")]

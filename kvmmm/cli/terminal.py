@@ -96,7 +96,7 @@ class ConsoleOutput:
 
 
 class Interruption:
-    """While it is entered, Ctrl-C and SIGTERM stop the guest; a second one ends the process at once.
+    """While it is entered, Ctrl-C and SIGTERM stop the guest; a second one ends the process.
 
     Ctrl-C becomes KeyboardInterrupt, as ever, for `MicroVM.run` to say where the guest was.
 
@@ -150,7 +150,7 @@ def output_descriptor() -> int:
 
 
 def show(*parts: RenderableType, stderr: bool = False) -> None:
-    """Print rich's renderables: in colour and as wide as the terminal, or plain, 100 columns wide."""
+    """Print rich's renderables: in colour, as wide as the terminal; or plain, 100 columns wide."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout

@@ -1,6 +1,6 @@
 """Machine code that the guests share, as bytes with their assembly beside them.
 
-A guest is three pages at `BASE`: code, data, stack. Everything else is memory that nobody has touched.
+A guest is three pages at `BASE`: code, data, stack. Everything else nobody has touched.
 """
 
 from __future__ import annotations

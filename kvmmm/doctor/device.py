@@ -16,7 +16,7 @@ UPDATE = "update the kernel"
 
 
 def _open() -> Finding:
-    device = open_device()  # its error says what to type
+    open_device()  # its error says what to type
     return ok(f"API version {abi.KVM_API_VERSION}, Linux {os.uname().release}")
 
 
@@ -27,6 +27,11 @@ def _capability(number: int, remedy: str) -> Finding:
     return ok(f"{answer}" if number == abi.KVM_CAP_NR_MEMSLOTS else "yes", value=answer)
 
 
+_NEEDS_PLAIN_MOVES = (
+    "Linux 5.14 has it; until then only plain moves may be the first to touch memory: no AVX, x87 "
+    "or cmpxchg16b"
+)
+
 # Name, number, whether kvmmm works without it, what lacking it means.
 _CAPABILITIES = (
     ("SYNC_REGS", abi.KVM_CAP_SYNC_REGS, True, UPDATE),
@@ -36,8 +41,7 @@ _CAPABILITIES = (
     ("VCPU_EVENTS", abi.KVM_CAP_VCPU_EVENTS, False, UPDATE),
     (
         "EXIT_ON_EMULATION_FAILURE", abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE, False,
-        "Linux 5.14 has it; until then memory that is absent is for plain moves only: no AVX, x87 or "
-        "cmpxchg16b may be the first to touch it",
+        _NEEDS_PLAIN_MOVES,
     ),
     (
         "NR_MEMSLOTS", abi.KVM_CAP_NR_MEMSLOTS, False,

@@ -104,7 +104,7 @@ def _rename_cpu(lab: Lab) -> None:
     table = ffi.new("uint8_t[]", len(source))
     copy = ffi.buffer(table)
     copy[:] = source[:]
-    # struct kvm_cpuid2: a count and padding, then entries: function, index, flags, eax to edx, padding.
+    # struct kvm_cpuid2: a count and padding, then entries: function, index, flags, eax to edx, ...
     for offset in range(8, len(source), _CPUID_ENTRY_BYTES):
         if struct.unpack_from("<I", source, offset)[0] == _BRAND_LEAF:
             copy[offset + 12 : offset + 28] = _BRAND

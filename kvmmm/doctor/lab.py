@@ -1,8 +1,8 @@
 """`Lab`: a tiny VM around some machine code, and what came out of it.
 
-The guest says something by `out`: PORT_END ends the run, PORT_STEP hands over to a script, a generator
-that is sent rax and goes on until it yields. Exceptions by the default IDT are recorded, and end the
-run unless the script of the check says how far to skip.
+The guest says something by `out`: PORT_END ends the run, PORT_STEP hands over to a script, a
+generator that is sent rax and goes on until it yields. Exceptions by the default IDT are recorded,
+and end the run unless the check says how far to skip.
 """
 
 from __future__ import annotations
@@ -127,11 +127,14 @@ class Lab:
     def play(self, script: Script) -> Any:  # noqa: ANN401 - the script's own
         """Run the guest with `script` at the other end of PORT_STEP; returns the script's answer.
 
-        The script runs on the vCPU's thread with the guest outside KVM_RUN. The part before its first
-        `yield` answers the guest's first step. When it returns, the run is over.
+        The script runs on the vCPU's thread with the guest outside KVM_RUN. The part before its
+        first `yield` answers the guest's first step. When it returns, the run is over.
         """
         self._script = script
         self.run()
+        return self._take_answer()
+
+    def _take_answer(self) -> Any:  # noqa: ANN401 - the script's own
         if self._script is not None:
             raise ProbeError("the guest ended before the script did")
         return self._answer

@@ -1,7 +1,7 @@
 """Changing translations under a guest: edits of page tables by the host, shootdowns, slots that go.
 
-A CPU keeps translations. With nested paging these go with a CR3 load; a KVM that shadows page tables
-keeps its own copy, and does not see that the host has edited the guest's.
+A CPU keeps translations. With nested paging these go with a CR3 load; a KVM that shadows page
+tables keeps its own copy, and does not see that the host has edited the guest's.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _replace_slot(lab: Lab, pages: _SharedPages) -> None:
 
 
 _READ_LOOP = STEP + LOAD + u32(ELSEWHERE) + jump_back(10)
-# Ring 0 only reloads CR3: what it reads itself may be emulated, which looks at the tables each time.
+# Ring 0 only reloads CR3: what it reads may be emulated, and that looks at the tables each time.
 _RELOAD_LOOP = STEP + RELOAD_CR3 + ENTER_RING3 + LOAD + u32(ELSEWHERE) + STEP
 
 

@@ -1,4 +1,4 @@
-"""Ending a guest that does not end by itself: a stop from outside, the deadline, a stop beforehand."""
+"""Ending a guest that does not end: a stop from outside, the deadline, a stop beforehand."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Any
 
-from kvmmm.doctor.code import STEP, STORE, UNTOUCHED, LOAD, mov_eax, mov_rax, u32
+from kvmmm.doctor.code import LOAD, STEP, STORE, UNTOUCHED, mov_eax, mov_rax, u32
 from kvmmm.doctor.finding import Check, Finding, missing, ok
 from kvmmm.doctor.lab import Lab, ProbeError
 from kvmmm.hostarch.access import ANY_ACCESS, READ, READ_WRITE
@@ -74,8 +74,7 @@ _PUSH = _Case(
     left=_VALUE_BYTES,
 )  # fmt: skip
 _CMPXCHG16B = _Case(
-    b"\x31\xc0\x31\xd2"  # xor %eax, %eax; xor %edx, %edx
-    + b"\x48\xbb" + _VALUE_BYTES  # mov $VALUE, %rbx
+    b"\x31\xc0\x31\xd2\x48\xbb" + _VALUE_BYTES  # xor %eax, %eax; xor %edx, %edx; mov $VALUE, %rbx
     + b"\xb9" + u32(7)  # mov $7, %ecx
     + b"\xf0\x48\x0f\xc7\x0c\x25" + u32(UNTOUCHED),  # lock cmpxchg16b disp32
     planted=bytes(16), left=_VALUE_BYTES + struct.pack("<Q", 7),

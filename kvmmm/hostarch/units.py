@@ -23,8 +23,8 @@ def parse_bytes(size: int | str) -> int:
         if match is None:
             raise ValueError(f"{size!r} is no size: write a number and K, M, G or T, such as 64M")
         whole, _, fraction = match[1].partition(".")
-        scaled = int(whole + fraction) << _SHIFT[match[2].upper()]  # exact, unlike a float
-        n_bytes = scaled // 10 ** len(fraction)
+        scaled: int = int(whole + fraction) << _SHIFT[match[2].upper()]  # exact, unlike a float
+        n_bytes = scaled // int(10 ** len(fraction))
     else:
         n_bytes = int(size)
     if not 0 < n_bytes < 1 << 64:

@@ -154,8 +154,9 @@ def _allocate_less_locked(
             return insert_locked(mm, max(start, gap_start), min(start + length, gap_end))
         except ArenaExhaustedError:
             continue
+    # In the end any free page will do: there are no 2 MiB left for which places should agree.
     page = page_down(addr)
-    return insert_locked(mm, page, page + PAGE_BYTES)
+    return _insert_at_locked(mm, page, page + PAGE_BYTES, mm.arena.allocate(PAGE_BYTES))
 
 
 def insert_locked(mm: MemoryManager, start: int, end: int) -> tuple[int, int, Pma]:
@@ -175,9 +176,15 @@ def insert_locked(mm: MemoryManager, start: int, end: int) -> tuple[int, int, Pm
         fr = mm.arena.allocate(
             length, align_bytes=HUGE_PAGE_BYTES, phase_bytes=start % HUGE_PAGE_BYTES
         )
+    return _insert_at_locked(mm, start, end, fr)
+
+
+def _insert_at_locked(
+    mm: MemoryManager, start: int, end: int, fr: FileRange
+) -> tuple[int, int, Pma]:
     pma = Pma(mm.arena, fr.start - start)
     mm.pmas.insert(start, end, pma)
-    mm.counters.allocated_bytes += length
+    mm.counters.allocated_bytes += end - start
     return start, end, pma
 
 

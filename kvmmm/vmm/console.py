@@ -1,7 +1,7 @@
 """The host's end of the guest's console, on the thread that runs the vCPU.
 
-Output is drained when the guest rings, at ticks while the console is busy, and when a run ends. Input
-is waited for when the guest asks for it; a stop and the deadline end that wait.
+Output is drained when the guest rings, at ticks while the console is busy, and when a run ends.
+Input is waited for when the guest asks for it; a stop and the deadline end that wait.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ _XSTATE_AVX = 1 << 2
 class CpuState:
     """Registers of `vcpu` as they were at its last exit; a copy, so it survives the next one.
 
-    Offers what `kvmmm.vmm.register_file.Registers` asks for: general registers, `fs_base`, `gs_base`,
-    `vector`, `mask`; and `values`, the general ones with cr2, cr3, cs and ss, for a report.
+    Offers what `kvmmm.vmm.register_file.Registers` asks for: general registers, `fs_base`,
+    `gs_base`, `vector`, `mask`; and `values`, the general ones with cr2, cr3, cs and ss, for a
+    report.
     """
 
     def __init__(self, vcpu: Vcpu) -> None:

@@ -51,7 +51,8 @@ class Provider:
         self._space = space
         self.n_pages = 0
         self._last_attempt = (-1, -1)
-        # The legacy area and the header; with AVX the upper halves of 16 registers (SDM Vol. 1 13.4).
+        # The legacy area and the header; with AVX the upper halves of 16 registers (SDM Vol. 1
+        # 13.4).
         self._xsave_bytes = 832 if vcpu.trial.has_avx else 576
 
     def restart(self, instruction: bytes, n_mmio: int) -> None:
@@ -84,8 +85,9 @@ class Provider:
             self._provide(operand.gva, operand.length_bytes, operand.access)
         if self.n_pages > before:
             return
-        # Nothing was missing. KVM may have read an operand by MMIO exits, which installed it, before
-        # it gave up (cmpxchg16b): so once more, but not twice without anything served in between.
+        # Nothing was missing. KVM may have read an operand by MMIO exits, which installed it,
+        # before it gave up (cmpxchg16b): so once more, but not twice without anything served in
+        # between.
         attempt = (cpu.rip, n_mmio)
         if attempt == self._last_attempt:
             raise EmulationError(code)

@@ -43,8 +43,8 @@ class MicroVM:
             result = vm.run(timeout=5.0)
             print(result.status, result.console)
 
-    The vCPU runs on the thread that calls `run`. A timer makes it leave the guest 20 times a second,
-    for Ctrl-C and whatever else Python's signal handlers do.
+    The vCPU runs on the thread that calls `run`. A timer makes it leave the guest 20 times a
+    second, for Ctrl-C and whatever else Python's signal handlers do.
 
     Lifetime: `close`, or the end of a `with`. Not to be shared between threads, but for `stop` and
     copies through `mm`.
@@ -198,7 +198,7 @@ class MicroVM:
 
         Raises:
             StateError: Nothing is loaded, it is running, or it has ended.
-            KeyboardInterrupt: Ctrl-C, when this is the main thread; a note says where the guest was.
+            KeyboardInterrupt: Ctrl-C, when this is the main thread; a note says where it was.
             Whatever a handler or the console's sink raises; that ends the guest.
             VcpuError: KVM gave up.
         """

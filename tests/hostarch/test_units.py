@@ -1,12 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmmm.hostarch.units import format_bytes, parse_bytes, parse_duration_ns
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @pytest.mark.parametrize(
@@ -97,7 +100,7 @@ def test_format_is_what_parse_reads(n_bytes: int):
 
 @pytest.mark.parametrize("parse", [parse_bytes, parse_duration_ns])
 def test_absurd_numbers_are_refused_like_any_other(parse: Callable[[str], int]):
-    with pytest.raises(ValueError, match="is no|lies above zero"):
+    with pytest.raises(ValueError, match=r"is no|lies above zero"):
         parse("9" * 400)
 
 

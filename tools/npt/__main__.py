@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -43,7 +44,7 @@ could not be built, did not boot or has no KVM. Of check: {EXIT_MISSING} when so
 Standard output is the command's, messages of this tool go to standard error. Images are kept in
 {BUILD.relative_to(REPOSITORY)} and made anew when what they hold has changed.
 """
-_PASSED_ON = ("KVMMM_", "HYPOTHESIS_", "PYTEST_ADDOPTS", "CI", "COLORTERM")
+_PASSED_ON = re.compile(r"(KVMMM|HYPOTHESIS)_.*|PYTEST_ADDOPTS|CI|COLORTERM")
 
 
 def main(argv: list[str]) -> int:
@@ -129,7 +130,7 @@ def _script(command: str, npt: int) -> str:
         "KVMMM_TEST_KVM": "require",
         "KVMMM_TEST_NPT": str(npt),
     }
-    passed_on = {name: os.environ[name] for name in os.environ if name.startswith(_PASSED_ON)}
+    passed_on = {name: text for name, text in os.environ.items() if _PASSED_ON.fullmatch(name)}
     lines = [
         f"export {name}={shlex.quote(text)}" for name, text in (passed_on | environment).items()
     ]

@@ -104,7 +104,7 @@ class MemslotAddressSpace:
         return self._slots.limit - len(self._slots)
 
     def unmap(self, ar: AddrRange) -> None:
-        """Delete the slots in `ar`; what sticks out of it gets slots of its own while some are free.
+        """Delete the slots in `ar`; what sticks out gets slots of its own while some are free.
 
         Raises:
             StateError: A vCPU is running.

@@ -12,7 +12,7 @@ import os
 import struct
 import threading
 
-from kvmmm.errors import IoctlError, KvmUnavailableError
+from kvmmm.errors import IoctlError, KvmUnavailableError, SyscallError
 from kvmmm.platform.kvm import abi
 from kvmmm.safemem.ffi import address_of, ffi, ioctl, lib
 
@@ -76,9 +76,7 @@ class Device:
         try:
             self._check()
             self.vcpu_mmap_bytes = ioctl(self.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
-            kick = lib.kvmmm_kick_init()
-            if kick < 0:
-                raise OSError(-kick, "no real-time signal is free for kicking vCPUs")
+            _claim_kick_signal()
         except BaseException:
             os.close(self.fd)
             raise
@@ -124,6 +122,12 @@ class Device:
     def max_memslots(self) -> int:
         """How many memslots a VM may have; 32 where the kernel does not say."""
         return self.capability(abi.KVM_CAP_NR_MEMSLOTS) or 32
+
+
+def _claim_kick_signal() -> None:
+    signal = lib.kvmmm_kick_init()
+    if signal < 0:
+        raise SyscallError(-signal, "no real-time signal is free for kicking vCPUs")
 
 
 def _open(path: str) -> int:

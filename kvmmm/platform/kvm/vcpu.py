@@ -60,7 +60,7 @@ def _check(name: str, arguments: str, rc: int) -> int:
 
 
 class Vcpu(VcpuCore):
-    """A vCPU. Made by `Vm.create_vcpu`, closed by its VM. Takes the descriptor over, even if it raises.
+    """A vCPU. Made by `Vm.create_vcpu`, closed by its VM. Owns the descriptor from the start.
 
     `run` and `once` must be called on one thread at a time; `stop` from any.
     """
