@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 _BYTES, _LINE = 64 << 10, 64
 _GUEST = "bench_console"
 TEXT = bytes(
-    10 if i % _LINE == _LINE - 1 else ord("a") + (i // _LINE + i % _LINE) % 26 for i in range(_BYTES)
+    10 if i % _LINE == _LINE - 1 else ord("a") + (i // _LINE + i % _LINE) % 26
+    for i in range(_BYTES)
 )
 """What the guest writes; guest/bench/console/main.c makes the same."""
 

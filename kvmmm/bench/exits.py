@@ -1,7 +1,7 @@
 """`bench exits`: what the Python side adds to an exit.
 
-One guest makes all exits, a mark after every few: at each mark it becomes the next variant's turn, in
-random order, so that floor and handlers meet the same VM, the same memory and the same load.
+One guest makes all exits, a mark after every few: at each mark it becomes the next variant's turn,
+in random order, so that floor and handlers meet the same VM, the same memory and the same load.
 """
 
 from __future__ import annotations

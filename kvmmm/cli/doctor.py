@@ -10,9 +10,8 @@ from kvmmm.cli.terminal import show
 from kvmmm.errors import EXIT_NO_KVM
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from kvmmm.doctor import Examination
+    from kvmmm.doctor.finding import Check, Finding
 
 # How each result is shown.
 _RESULTS = {
@@ -22,10 +21,11 @@ _RESULTS = {
     "failed": "[bold red]FAILED[/bold red]",
     "not tried": "[dim]not tried[/dim]",
 }
+_NAME_COLUMNS, _RESULT_COLUMNS = 28, 9
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
 def doctor(as_json: bool) -> int:
     """Find out what this host's KVM can do.
 
@@ -35,19 +35,49 @@ def doctor(as_json: bool) -> int:
     """
     from kvmmm.doctor import examine
 
-    examination = examine()
     if as_json:
         import json
 
+        examination = examine()
         click.echo(json.dumps(examination.as_dict(), indent=2))
     else:
-        show(_table(examination))
-        if examination.is_open:
-            show("", f"[bold]{examination.verdict}[/bold]", _summary(examination))
-        else:
-            # As it is: there are commands in it to copy.
-            click.echo(f"\n{examination.findings['open'].remedy}")
+        examination = examine(_Lines())
+        _conclude(examination)
     return 0 if examination.is_ok else EXIT_NO_KVM
+
+
+class _Lines:
+    """Prints each finding as it comes: the last line tells where one hangs."""
+
+    def __init__(self) -> None:
+        self._theme = ""
+
+    def __call__(self, theme: str, check: Check, finding: Finding) -> None:
+        from rich.markup import escape
+        from rich.table import Table
+
+        if finding.result == "not tried":
+            return  # all for the same reason, which was just shown
+        if theme != self._theme:
+            show(*([""] if self._theme else []), f"[bold cyan]{theme}[/bold cyan]")
+            self._theme = theme
+        row = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+        row.add_column(width=_NAME_COLUMNS)
+        row.add_column(width=_RESULT_COLUMNS)
+        row.add_column()
+        text = escape(finding.fact)
+        # What is to be typed must not be wrapped: that stands at the end.
+        if finding.remedy and check.key != "open":
+            text += f"\n[dim]-> {escape(finding.remedy)}[/dim]"
+        row.add_row(f"  {check.name}", _RESULTS[finding.result], text)
+        show(row)
+
+
+def _conclude(examination: Examination) -> None:
+    if not examination.is_open:
+        click.echo(f"\n{examination.findings['open'].remedy}")
+        return
+    show("", f"[bold]{examination.verdict}[/bold]", _summary(examination))
 
 
 def _summary(examination: Examination) -> str:
@@ -59,27 +89,3 @@ def _summary(examination: Examination) -> str:
     names = ", ".join(check.name for check in failures[:4])
     more = f" and {len(failures) - 4} more" if len(failures) > 4 else ""
     return f"[bold red]kvmmm does not work here:[/bold red] {names}{more} ({seconds})"
-
-
-def _table(examination: Examination) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column()
-    last_theme = ""
-    for theme, check, finding in examination.rows():
-        if not examination.is_open and finding.result == "not tried":
-            continue
-        if theme != last_theme:
-            if last_theme:
-                table.add_row()
-            table.add_row(f"[bold cyan]{theme}[/bold cyan]")
-            last_theme = theme
-        text = escape(finding.fact)
-        if finding.remedy and examination.is_open:
-            text += f"\n[dim]-> {escape(finding.remedy)}[/dim]"
-        table.add_row(f"  {check.name}", _RESULTS[finding.result], text)
-    return table

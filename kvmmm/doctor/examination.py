@@ -11,7 +11,9 @@ from kvmmm.doctor.finding import FAILED, MISSING, OK, SKIPPED, Check, Finding
 from kvmmm.errors import KvmmmError, KvmUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    Report = Callable[[str, Check, Finding], None]
 
 THEMES: tuple[tuple[str, tuple[Check, ...]], ...] = (
     ("device", (device.OPEN, *device.CHECKS)),
@@ -113,17 +115,23 @@ class Examination:
         return "native" if ratio < speed.EMULATED else "emulated"
 
 
-def examine() -> Examination:
-    """Make all checks; takes a second or two, at most some minutes on the slowest machine."""
+def examine(report: Report | None = None) -> Examination:
+    """Make all checks; takes a second, and at most some minutes on the slowest machine.
+
+    Args:
+        report: Called with (theme, check, finding) as soon as each is known.
+    """
     examination = Examination()
     began_ns = perf_counter_ns()
     is_open = True
-    for _, checks in THEMES:
+    for theme, checks in THEMES:
         for check in checks:
             finding = _probe(check) if is_open else Finding(SKIPPED, "/dev/kvm did not open")
             examination.findings[check.key] = finding
             if check is device.OPEN:
                 is_open = finding.result == OK
+            if report is not None:
+                report(theme, check, finding)
     examination.elapsed_ns = perf_counter_ns() - began_ns
     return examination
 

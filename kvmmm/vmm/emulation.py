@@ -42,7 +42,7 @@ class Provider:
     """Makes present what an instruction touches.
 
     Attributes:
-        n_pages: Pages found missing so far; each was a fault.
+        n_pages: Pages found missing so far; each was a fault, served or refused.
     """
 
     def __init__(self, vcpu: Vcpu, mm: MemoryManager, space: MemslotAddressSpace) -> None:
@@ -71,19 +71,18 @@ class Provider:
         from kvmmm.vmm.decode import UndecodableError
         from kvmmm.vmm.operand import memory_operands
 
-        before = self.n_pages
         cpu = CpuState(self._vcpu)
-        self._provide(cpu.rip, 1, EXECUTE)
+        n_served = self._provide(cpu.rip, 1, EXECUTE)
         with suppress(GuestFaultError):  # the instruction need not be that long
-            self._provide(cpu.rip + MAX_INSTRUCTION_BYTES - 1, 1, EXECUTE)
+            n_served += self._provide(cpu.rip + MAX_INSTRUCTION_BYTES - 1, 1, EXECUTE)
         code = self.read(cpu.rip, MAX_INSTRUCTION_BYTES) or instruction
         try:
             operands = memory_operands(code, cpu.rip, cpu, xsave_bytes=self._xsave_bytes)
         except UndecodableError:
             operands = []
         for operand in operands:
-            self._provide(operand.gva, operand.length_bytes, operand.access)
-        if self.n_pages > before:
+            n_served += self._provide(operand.gva, operand.length_bytes, operand.access)
+        if n_served:
             return
         # Nothing was missing. KVM may have read an operand by MMIO exits, which installed it,
         # before it gave up (cmpxchg16b): so once more, but not twice without anything served in
@@ -93,16 +92,19 @@ class Provider:
             raise EmulationError(code)
         self._last_attempt = attempt
 
-    def _provide(self, gva: int, length_bytes: int, access: int) -> None:
-        """Make `access` to each page of [gva, gva + length_bytes) possible."""
+    def _provide(self, gva: int, length_bytes: int, access: int) -> int:
+        """Make `access` to each page of [gva, gva + length_bytes) possible; how many it was not."""
+        n_served = 0
         for page in pages_of(gva, length_bytes):
             gpa = self._vcpu.translate(max(page, gva))
             if gpa is None:
                 continue  # not in the guest's own tables: the CPU raises #PF, the guest's own
             if self._space.is_mapped(gpa, FETCH if access & EXECUTE else access):
                 continue
-            self._mm.handle_user_fault(gpa, access)
             self.n_pages += 1
+            self._mm.handle_user_fault(gpa, access)
+            n_served += 1
+        return n_served
 
     def read(self, gva: int, length_bytes: int) -> bytes:
         """Return guest memory through the CPU's page tables, up to the first absent byte."""

@@ -40,7 +40,7 @@ def run_tool(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-def written(layer: Any, folder: Path) -> Path:  # noqa: ANN401 - a script's class
+def written(layer: Any, folder: Path) -> Path:
     archive = folder / "archive.cpio"
     with archive.open("wb") as out:
         layer.write(out)

@@ -35,6 +35,9 @@ _USER_CODE = 0x00AF_FB00_0000_FFFF  # DPL 3, L=1, type 11
 
 _TSS_HEADER_BYTES = 104
 _IO_PORTS = 0x400  # the bitmap covers ports below this
+TSS_AVAILABLE, TSS_BUSY = 9, 11  # descriptor types (SDM Vol. 3A 3.5)
+VMX_TSS_ADDR = 0xFFFB_D000
+"""Where VMX keeps three pages of its own. Source: Linux api.rst, KVM_SET_TSS_ADDR."""
 TSS_BYTES = _TSS_HEADER_BYTES + _IO_PORTS // 8 + 1  # the last byte is all ones, inside the limit
 GDT_BYTES = 0x50
 IDT_BYTES = 256 * 16
@@ -152,7 +155,7 @@ def fill_sregs(sregs: Any) -> None:  # noqa: ANN401 - a cffi struct
     tr, ldt = sregs.tr, sregs.ldt
     tr.selector = lib.KVMMM_TSS_SELECTOR
     tr.limit = TSS_BYTES - 1
-    tr.type, tr.present = 11, 1
+    tr.type, tr.present = TSS_BUSY, 1
     tr.s = tr.dpl = tr.db = tr.l = tr.g = tr.avl = tr.unusable = 0
     ldt.unusable = 1
     ldt.present = 0

@@ -11,10 +11,14 @@ import errno
 import os
 import struct
 import threading
+from typing import TYPE_CHECKING
 
 from kvmmm.errors import IoctlError, KvmUnavailableError, SyscallError
 from kvmmm.platform.kvm import abi
 from kvmmm.safemem.ffi import address_of, ffi, ioctl, lib
+
+if TYPE_CHECKING:
+    from kvmmm.platform.kvm.trial import Trial
 
 DEVICE_PATH = "/dev/kvm"
 
@@ -64,7 +68,6 @@ class Device:
     Attributes:
         fd: Its descriptor, open for the life of the process.
         vcpu_mmap_bytes: Size of a vCPU's mapping.
-        trial: What `Vcpu` found out by trying on the first vCPU of the process; None before.
     """
 
     def __init__(self, path: str = DEVICE_PATH) -> None:
@@ -72,7 +75,7 @@ class Device:
         self.fd = _open(path)
         self._capabilities: dict[int, int] = {}
         self._cpuid: Cpuid | None = None
-        self.trial: object | None = None
+        self._trial: Trial | None = None
         try:
             self._check()
             self.vcpu_mmap_bytes = ioctl(self.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
@@ -117,6 +120,15 @@ class Device:
         if self._cpuid is None:
             self._cpuid = Cpuid(self.fd)
         return self._cpuid
+
+    @property
+    def trial(self) -> Trial:
+        """What had to be tried, tried once."""
+        if self._trial is None:
+            from kvmmm.platform.kvm.trial import Trial
+
+            self._trial = Trial(self)
+        return self._trial
 
     @property
     def max_memslots(self) -> int:

@@ -1,4 +1,4 @@
-"""One vCPU: registers, translation, and what a first one tells about the host's KVM.
+"""One vCPU: registers, translation, the cold half of it.
 
 The KVM_RUN loop, the general registers and the two hot exits are C (`VcpuCore`); this adds the cold
 half. General registers travel through kvm_run at every exit; special ones are fetched when asked
@@ -16,41 +16,7 @@ from kvmmm.safemem.ffi import VcpuCore, address_of, ffi, ioctl, lib
 
 if TYPE_CHECKING:
     from kvmmm.platform.kvm.device import Device
-
-
-class Trial:
-    """What was found by trying it on the first vCPU of the process.
-
-    Attributes:
-        has_avx: CR4.OSXSAVE and XCR0 = x87|SSE|AVX were taken.
-        has_fsgsbase: CR4.FSGSBASE was taken.
-        sregs: Special registers for 64-bit ring 0, lacking only table addresses; bytes.
-        xcrs_hva: Address of a struct kvm_xcrs with XCR0 = 7.
-    """
-
-    __slots__ = ("_xcrs", "has_avx", "has_fsgsbase", "sregs", "xcrs_hva")
-
-    def __init__(self, fd: int) -> None:
-        sregs = ffi.new("struct kvm_sregs *")
-        hva = address_of(sregs)
-        _check("KVM_GET_SREGS", "", ioctl(fd, abi.KVM_GET_SREGS, hva))
-        boot.fill_sregs(sregs)
-        self._xcrs = boot.xcrs_with_avx()
-        self.xcrs_hva = address_of(self._xcrs)
-
-        def takes(cr4_bits: int) -> bool:
-            sregs.cr4 |= cr4_bits
-            if ioctl(fd, abi.KVM_SET_SREGS, hva) == 0:
-                return True
-            sregs.cr4 &= ~cr4_bits
-            return False
-
-        # SET_SREGS wants a paging root only at entry: CR3 = 0 is fine for asking.
-        self.has_fsgsbase = takes(boot.CR4_FSGSBASE)
-        self.has_avx = takes(boot.CR4_OSXSAVE) and ioctl(fd, abi.KVM_SET_XCRS, self.xcrs_hva) == 0
-        if not self.has_avx:
-            sregs.cr4 &= ~boot.CR4_OSXSAVE
-        self.sregs = bytes(ffi.buffer(sregs))
+    from kvmmm.platform.kvm.trial import Trial
 
 
 def _check(name: str, arguments: str, rc: int) -> int:
@@ -84,17 +50,13 @@ class Vcpu(VcpuCore):
         self.number = number
         self._sync = ffi.cast("struct kvm_run *", self.run_hva)
         _check("KVM_SET_CPUID2", "supported", ioctl(fd, abi.KVM_SET_CPUID2, device.cpuid.table_hva))
-        if device.trial is None:
-            device.trial = Trial(fd)
-        elif self.trial.has_avx:
-            _check("KVM_SET_XCRS", "xcr0=7", ioctl(fd, abi.KVM_SET_XCRS, self.trial.xcrs_hva))
+        if device.trial.has_avx:
+            _check("KVM_SET_XCRS", "xcr0=7", ioctl(fd, abi.KVM_SET_XCRS, device.trial.xcrs_hva))
 
     @property
     def trial(self) -> Trial:
-        """What the host's KVM allows, found on the process's first vCPU."""
-        trial = self.device.trial
-        assert isinstance(trial, Trial)  # noqa: S101 - __init__ made it
-        return trial
+        """What the host's KVM allows."""
+        return self.device.trial
 
     def load_boot_state(self, layout: boot.BootLayout) -> None:
         """Set the special registers for 64-bit ring 0, at the next run.

@@ -6,14 +6,11 @@ import os
 from typing import Self
 
 from kvmmm.errors import IoctlError, StateError
-from kvmmm.platform.kvm import abi
+from kvmmm.platform.kvm import abi, boot
 from kvmmm.platform.kvm.device import Device, open_device
 from kvmmm.platform.kvm.memslot import MemslotTable
 from kvmmm.platform.kvm.vcpu import Vcpu
 from kvmmm.safemem.ffi import address_of, ffi, ioctl
-
-_TSS_ADDR = 0xFFFB_D000
-"""Where VMX keeps three pages of its own. Source: Linux api.rst, KVM_SET_TSS_ADDR."""
 
 
 class Vm:
@@ -40,7 +37,7 @@ class Vm:
             raise IoctlError("KVM_CREATE_VM", "type=0", -self.fd)
         self.memslots = MemslotTable(self.fd, max_memslots or self.device.max_memslots)
         # Best effort: only VMX needs it, and only before the first vCPU.
-        ioctl(self.fd, abi.KVM_SET_TSS_ADDR, _TSS_ADDR)
+        ioctl(self.fd, abi.KVM_SET_TSS_ADDR, boot.VMX_TSS_ADDR)
         self.restarts_emulation = self._enable_emulation_failure_exits()
 
     def _enable_emulation_failure_exits(self) -> bool:

@@ -52,7 +52,12 @@ class FakeProbes:
 
 def ratio_case(name: str = "fake/ratio", **options: object) -> Case:
     """Return a case that divides the time `t` of probe `p` by that of probe `f`."""
-    wanted: dict[str, object] = {"unit": RATIO, "goal": 2.0, "product": ("p", "t"), "floor": ("f", "t")}
+    wanted: dict[str, object] = {
+        "unit": RATIO,
+        "goal": 2.0,
+        "product": ("p", "t"),
+        "floor": ("f", "t"),
+    }
     return Case(name, **(wanted | options))  # type: ignore[arg-type]
 
 

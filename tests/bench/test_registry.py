@@ -1,0 +1,53 @@
+"""Names of benchmarks and cases, and the goals they carry."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmmm.bench.registry import BENCHMARKS, UnknownBenchmarkError, groups_of
+
+GOALS = {
+    "startup/first_exit": ("ratio", 1.25),
+    "startup/close": ("ratio", 1.2),
+    "startup/import": ("ms", 40),
+    "exits/pio": ("ns", 2500),
+    "exits/pio_data": ("ns", 1200),
+    "exits/console_64k": ("ratio", 2),
+    "exits/console_lines": ("ratio", 3),
+    "exits/console_latency": ("ms", 20),
+    "paging/touch_64m": ("ratio", 1.2),
+    "paging/touch_64m_fresh": ("ratio", 1.1),
+}
+
+
+def test_every_goal_has_its_case() -> None:
+    cases = {case.name: case for group in groups_of("all") for case in group.cases}
+
+    with_goal = {c.name: (c.unit, c.goal) for c in cases.values() if c.goal is not None}
+    assert with_goal == GOALS
+    assert cases["exits/console_lines"].limits == {"exits": 64}
+    assert cases["paging/touch_64m"].limits == {"exits": 40}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_has_cases_of_its_own_name(name: str) -> None:
+    cases = [case for group in groups_of(name) for case in group.cases]
+
+    assert cases
+    assert all(case.name.startswith(f"{name}/") for case in cases)
+    assert len({case.name for case in cases}) == len(cases)
+    assert all(case.note for case in cases)
+
+
+def test_one_case_can_be_asked_for() -> None:
+    [group] = groups_of("exits/pio")
+
+    assert [case.name for case in group.cases] == ["exits/pio"]
+
+
+@pytest.mark.parametrize("name", ["nonsense", "exits/nonsense", "", "nonsense/pio"])
+def test_an_unknown_name_lists_those_that_there_are(name: str) -> None:
+    with pytest.raises(UnknownBenchmarkError, match="startup, exits, paging, all") as caught:
+        groups_of(name)
+
+    assert caught.value.name == name
