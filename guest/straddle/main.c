@@ -2,7 +2,8 @@
  *
  * Ring 3. Loads, stores, read-modify-write, string, SSE, AVX and x87 instructions, push and call on
  * an untouched stack, code in untouched pages. Options: only=scalar|string|sse|avx|stack|code,
- * splitlock=0 (leave out locked instructions across cache lines, for hosts that punish them).
+ * splitlock=0 (leave out locked instructions across cache lines, for hosts that punish them),
+ * flags=0 (compare no flags: QEMU's TCG loses PF when it steps over an atomic instruction).
  *
  * The host makes memory present in windows of 2 MiB and more, so each check takes windows of its
  * own: two, from the top of RAM downwards, so that no window grows over the next check's. That
@@ -14,6 +15,7 @@
 enum { PAGE_EDGE_STEP = 2 * 4096, PAGE_EDGE_WINDOWS = 4, MIN_WINDOWS = 8 };
 
 uint8_t pattern[128];
+uint64_t flags_mask = ~0ULL;
 
 static uint64_t window_floor, window_top, page_top, page_floor;
 static unsigned n_short;
@@ -123,7 +125,9 @@ static int straddle(void *arg)
     const char *only = kvmmm_option("only", "");
 
     (void)arg;
-    kvmmm_only_options("only splitlock");
+    kvmmm_only_options("only splitlock flags");
+    if (kvmmm_option_number("flags", 1) == 0)
+        flags_mask = 0;
     prepare();
     for (size_t i = 0; i < COUNT(groups); i++)
         if (*only == '\0' || kvmmm_equal(only, groups[i].name)) {

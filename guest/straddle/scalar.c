@@ -17,7 +17,7 @@ enum { DEFINED_FLAGS = 0x8c5 }; /* OF SF ZF PF CF; AF is undefined after too muc
         OUT(1) = b;                                                                                \
         OUT(2) = c;                                                                                \
         OUT(3) = d;                                                                                \
-        OUT(4) = flags & DEFINED_FLAGS;                                                            \
+        OUT(4) = flags & DEFINED_FLAGS & flags_mask;                                               \
     }
 
 SCALAR(load2, "movw (%%rdi), %%ax")

@@ -37,6 +37,9 @@ void run_checks(const struct check *checks, size_t n);
 uint8_t *fresh_window_edge(enum fill fill);
 uint8_t *fresh_page_edge(void);
 
+/* Which flags are compared at all: none with flags=0. */
+extern uint64_t flags_mask;
+
 /* 128 bytes that are resident, and none of them zero. */
 extern uint8_t pattern[128];
 

@@ -19,7 +19,7 @@
         OUT(17) = b;                                                                               \
         OUT(18) = c;                                                                               \
         OUT(19) = d;                                                                               \
-        OUT(20) = flags & 0x45; /* ZF PF CF */                                                     \
+        OUT(20) = flags & 0x45 & flags_mask; /* ZF PF CF */                                        \
     }
 
 VECTOR(movdqu_load, "movdqu (%%rdi), %%xmm0")

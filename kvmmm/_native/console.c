@@ -27,8 +27,10 @@ static void drain_coalesced(struct kvmmm_host_console *c)
         uint32_t n_bytes = entry->len <= 8 ? entry->len : 8;
         if (c->n_legacy + n_bytes > KVMMM_LEGACY_BYTES / 2)
             return;
-        put(c, entry->data, n_bytes);
-        c->n_coalesced += n_bytes;
+        if (!c->divisor_latch || entry->phys_addr != KVMMM_PORT_COM1) {
+            put(c, entry->data, n_bytes);
+            c->n_coalesced += n_bytes;
+        }
         __atomic_store_n(&ring->first, (ring->first + 1) % c->coalesced_max, __ATOMIC_RELEASE);
     }
 }
@@ -49,6 +51,12 @@ bool kvmmm_console_put(struct kvmmm_host_console *c, const uint8_t *data, uint32
     put(c, data, n_bytes);
     bool full = c->n_legacy > KVMMM_LEGACY_BYTES / 4;
     return full || memchr(data, '\n', n_bytes);
+}
+
+void kvmmm_console_set_divisor_latch(struct kvmmm_host_console *c, bool divisor_latch)
+{
+    drain_coalesced(c);
+    c->divisor_latch = divisor_latch;
 }
 
 int64_t kvmmm_console_pending(struct kvmmm_host_console *c)

@@ -47,6 +47,7 @@ struct kvmmm_host_console {
     uint64_t tail;                /* our own copy: the guest may write the shared one */
     struct kvm_coalesced_mmio_ring *coalesced; /* NULL until ports are coalesced */
     uint32_t coalesced_max;
+    bool divisor_latch; /* COM1's line control register, bit 7: its base port is no data port now */
     uint64_t n_legacy_total; /* bytes by ports, ever */
     uint64_t n_coalesced;    /* bytes that came without an exit */
     uint32_t n_legacy;
@@ -55,6 +56,8 @@ struct kvmmm_host_console {
 
 /* Append what an OUT to a console port carries; returns true when it should be drained now. */
 bool kvmmm_console_put(struct kvmmm_host_console *c, const uint8_t *data, uint32_t n_bytes);
+/* COM1's line control register was written: what came before it is printed or not as it was then. */
+void kvmmm_console_set_divisor_latch(struct kvmmm_host_console *c, bool divisor_latch);
 /* Bytes that a take would give now, or -EPROTO when the guest broke the ring's rules. */
 int64_t kvmmm_console_pending(struct kvmmm_host_console *c);
 /* Move up to @p cap bytes to @p dst, port bytes first. */

@@ -30,10 +30,19 @@ static struct kvmmm_port *find_port(struct kvmmm_vcpu *v, uint16_t port)
     return NULL;
 }
 
-/* The 16550's line status register: transmitter empty (bits 5 and 6), so that polling ends. */
-static void com1_in(uint16_t offset, uint8_t *data, uint32_t n_bytes)
+enum { COM1_LINE_CONTROL = 3, COM1_LINE_STATUS = 5 };
+
+/* A 16550 that only transmits. Line status: transmitter empty (bits 5 and 6), so that polling ends.
+ * True: the access is done; false: it is a byte for the console. */
+static bool serve_com1(struct kvmmm_vcpu *v, uint16_t offset, bool out, uint8_t *data, uint32_t n_bytes)
 {
-    memset(data, offset == 5 ? 0x60 : 0, n_bytes);
+    if (!out)
+        memset(data, offset == COM1_LINE_STATUS ? 0x60 : 0, n_bytes);
+    else if (offset == COM1_LINE_CONTROL)
+        kvmmm_console_set_divisor_latch(&v->console, data[0] & 0x80);
+    else if (offset == 0)
+        return v->console.divisor_latch;
+    return true;
 }
 
 /* 0: done, go on running; otherwise an event for Python. */
@@ -50,18 +59,16 @@ static int serve_io(struct kvmmm_vcpu *v)
     case KVMMM_PORT_KIND_VALUE:
         return KVMMM_EV_IO;
     case KVMMM_PORT_KIND_DOORBELL:
+        if (!out)
+            memset(data, 0xff, n_bytes);
         return KVMMM_EV_CONSOLE;
     case KVMMM_PORT_KIND_COM1:
-        if (run->io.port != p->port) { /* line control, divisor, status: nothing to remember */
-            if (!out)
-                com1_in(run->io.port - p->port, data, n_bytes);
+        if (serve_com1(v, run->io.port - p->port, out, data, n_bytes))
             return 0;
-        }
         /* fall through */
     case KVMMM_PORT_KIND_CONSOLE:
         if (!out) {
-            /* 0xe9 reads back 0xe9 where a debug console is (Bochs, QEMU). */
-            memset(data, p->kind == KVMMM_PORT_KIND_CONSOLE ? 0xe9 : 0, n_bytes);
+            memset(data, 0xe9, n_bytes); /* which tells that a debug console is here (Bochs, QEMU) */
             return 0;
         }
         return kvmmm_console_put(&v->console, data, n_bytes) ? KVMMM_EV_CONSOLE : 0;

@@ -31,11 +31,12 @@ Samples = dict[tuple[str, str], list["Sample"]]
 def pinned() -> Iterator[int]:
     """Keep this thread, and those it starts, on one CPU; yields its number.
 
-    A wake-up on another, idle CPU costs more than most of what is measured here, and memslot
-    changes cost four times as much when the RCU work behind them lands there.
+    A wake-up on another, idle CPU costs more than most of what is measured here. The first CPU it
+    is, because the kernel does the RCU work behind each memslot change there (Linux
+    kernel/rcu/srcutree.c, get_boot_cpu_id): 22 µs instead of 100.
     """
     before = os.sched_getaffinity(0)
-    cpu = max(before)
+    cpu = min(before)
     os.sched_setaffinity(0, {cpu})
     try:
         yield cpu

@@ -21,7 +21,7 @@ _RESULTS = {
     "failed": "[bold red]FAILED[/bold red]",
     "not tried": "[dim]not tried[/dim]",
 }
-_NAME_COLUMNS, _RESULT_COLUMNS = 28, 9
+_NAME_COLUMNS, _RESULT_COLUMNS = 28, 7
 
 
 @click.command()
@@ -61,7 +61,7 @@ class _Lines:
         if theme != self._theme:
             show(*([""] if self._theme else []), f"[bold cyan]{theme}[/bold cyan]")
             self._theme = theme
-        row = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1, 0, 0))
+        row = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         row.add_column(width=_NAME_COLUMNS)
         row.add_column(width=_RESULT_COLUMNS)
         row.add_column()

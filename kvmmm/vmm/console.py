@@ -77,11 +77,13 @@ class Console:
         room = area.input_room()
         if not room:
             return
+        poll = select.poll()  # select() knows no descriptor above 1023
+        if self.input_fd is not None:
+            poll.register(self.input_fd, select.POLLIN)
         while not self.eof and self.input_fd is not None:
             if self._vcpu.is_stopping:
                 return
-            ready, _, _ = select.select([self.input_fd], [], [], _INPUT_POLL_MS / 1000)
-            if not ready:
+            if not poll.poll(_INPUT_POLL_MS):
                 continue
             chunk = os.read(self.input_fd, room)
             if chunk:

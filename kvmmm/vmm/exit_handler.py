@@ -195,13 +195,13 @@ class ExitHandler:
         self._console.drain()  # a prompt should be seen before its answer is waited for
         self._console.fill_input(self._area)
 
-    def on_exit(self, _port: int, value: int) -> RunResult:
-        """End the run with the guest's status."""
-        return RunResult(result.EXITED, status=value & 0xFF)
+    def on_exit(self, _port: int, value: int | None) -> RunResult | None:
+        """End the run with the guest's status; an IN says nothing, and reads as ones."""
+        return None if value is None else RunResult(result.EXITED, status=value & 0xFF)
 
-    def on_debug_exit(self, _port: int, value: int) -> RunResult:
-        """End the run as QEMU's isa-debug-exit does."""
-        return RunResult(result.EXITED, status=(value << 1 | 1) & 0xFF)
+    def on_debug_exit(self, _port: int, value: int | None) -> RunResult | None:
+        """End the run as QEMU's isa-debug-exit does; an IN reads as ones."""
+        return None if value is None else RunResult(result.EXITED, status=(value << 1 | 1) & 0xFF)
 
 
 def abi_name(reason: int) -> str:

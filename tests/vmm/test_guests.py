@@ -12,6 +12,7 @@ import pytest
 
 from kvmmm.vmm import bundled
 from kvmmm.vmm.microvm import MicroVM
+from tests.guest.test_run import command_line
 from tests.vmm.guest_run import TIMEOUT, describe
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(200)]
@@ -38,7 +39,7 @@ def cases() -> list[Any]:
 @pytest.mark.parametrize("case", cases())
 def test_guest(case: dict[str, Any]):
     with MicroVM(case["memory"], arena=case.get("arena")) as vm:
-        vm.load(bundled.find(case["name"]).path, args=case["cmdline"].split())
+        vm.load(bundled.find(case["name"]).path, args=command_line(case).split())
         endless = case["expect"]["outcome"] == "deadline"
         result = vm.run(timeout=0.3 if endless else TIMEOUT)
         told = describe(result)
