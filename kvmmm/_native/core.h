@@ -110,7 +110,7 @@ struct kvmmm_vcpu {
     _Atomic bool in_guest; /* inside KVM_RUN: memslots must not be deleted */
     int64_t deadline_ns;  /* CLOCK_MONOTONIC, 0: none */
     timer_t timer;        /* kicks this thread at every tick, and at the deadline */
-    bool has_timer;
+    bool has_timer, needs_arming;
     /* While the console is busy a tick comes more often and looks at it; the guest need not ring. */
     bool polling;
     uint32_t n_idle_polls;

@@ -108,8 +108,7 @@ static int serve_interrupt(struct kvmmm_vcpu *v)
     if (!stop && v->deadline_ns && kvmmm_now_ns() >= v->deadline_ns)
         stop = KVMMM_STOP_DEADLINE;
     if (!stop) {
-        if (v->deadline_ns)
-            arm(v); /* the last stretch may be shorter than a tick */
+        v->needs_arming = true;
         return KVMMM_EV_TICK;
     }
     /* Nothing is pending now: KVM completes the last exit before it looks at immediate_exit. */
@@ -129,6 +128,12 @@ int kvmmm_vcpu_enter(struct kvmmm_vcpu *v)
             entered_ns = kvmmm_now_ns();
             if (v->left_ns)
                 v->handler_ns += entered_ns - v->left_ns;
+        }
+        if (v->needs_arming) {
+            /* Only now, behind whatever Python did: a guest gets a whole tick at a time, however
+             * slow the host is. And the last stretch before the deadline may be shorter. */
+            v->needs_arming = false;
+            arm(v);
         }
         v->n_enters++;
         atomic_store_explicit(&v->in_guest, true, memory_order_seq_cst);
@@ -176,8 +181,9 @@ int kvmmm_vcpu_begin(struct kvmmm_vcpu *v, int64_t timeout_ns)
     if (timer_create(CLOCK_MONOTONIC, &event, &v->timer))
         return -errno;
     v->has_timer = true;
+    v->needs_arming = true;
     atomic_store(&v->tid, tid);
-    return arm(v);
+    return 0;
 }
 
 void kvmmm_vcpu_end(struct kvmmm_vcpu *v)
@@ -210,8 +216,7 @@ void kvmmm_vcpu_poll_console(struct kvmmm_vcpu *v)
     if (v->polling)
         return;
     v->polling = true;
-    if (v->has_timer)
-        arm(v);
+    v->needs_arming = v->has_timer;
 }
 
 bool kvmmm_vcpu_console_tick(struct kvmmm_vcpu *v)
@@ -226,7 +231,7 @@ bool kvmmm_vcpu_console_tick(struct kvmmm_vcpu *v)
     if (++v->n_idle_polls < POLL_IDLE || v->console.coalesced)
         return false;
     v->polling = false;
+    v->needs_arming = true;
     kvmmm_console_set_sleeping(&v->console, true);
-    arm(v);
     return kvmmm_console_pending(&v->console) != 0; /* what came just before */
 }

@@ -1,8 +1,9 @@
 """The composition root: a micro-VM out of device, arena, memory manager, tables and image.
 
+    bundled.py           the guests that come with kvmmm
     image.py, elf.py     what a guest file holds, checked before any VM exists
-    system_area.py       kvmmm's own pages in a guest: boot info, rings, IDT, GDT, TSS, stubs, boot
-    tables microvm.py           MicroVM: load, run, stop, close
+    system_area.py       kvmmm's own pages in a guest: boot info, rings, IDT, GDT, TSS, stubs, tables
+    microvm.py           MicroVM: load, run, stop, close
     exit_handler.py      what each exit means: EPT violations, traps, console, exit status
     emulation.py         instructions that KVM could not emulate, made restartable
     stop_report.py       the facts behind a stop, for report.py to render

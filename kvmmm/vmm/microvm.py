@@ -143,6 +143,7 @@ class MicroVM:
             ImageError: The image is rejected (`.reason`), nothing was loaded.
             StateError: Something was loaded already.
         """
+        self._check_open()
         if self._image is not None:
             raise StateError("this VM has a guest: make another MicroVM for another image")
         if not isinstance(image, Image):
@@ -154,8 +155,8 @@ class MicroVM:
             self.mm.mmap(AddrRange(start, end), ANY_ACCESS if rwx else perms, "[image]")
         for segment in image.segments:
             self.mm.copy_out(segment.start, image.contents(segment), ignore_permissions=True)
-        self._image = image
         self._enter(image, ranges, " ".join(args))
+        self._image = image
 
     def _enter(self, image: Image, ranges: list[tuple[int, int, int]], command_line: str) -> None:
         trial = self.vcpu.trial
@@ -202,6 +203,7 @@ class MicroVM:
             Whatever a handler or the console's sink raises; that ends the guest.
             VcpuError: KVM gave up.
         """
+        self._check_open()
         if self._image is None:
             raise StateError("nothing is loaded: call load() first")
         if self._has_ended:
@@ -277,6 +279,10 @@ class MicroVM:
             n_emulated_pages=self._handler.provider.n_pages,
             n_page_faults=self._handler.n_page_faults, n_console_bytes=self._console.n_bytes,
         )  # fmt: skip
+
+    def _check_open(self) -> None:
+        if not self._closers:
+            raise StateError("this VM is closed")
 
     def close(self) -> None:
         """Release everything, vCPU first, arena last. Idempotent; also after an error in between.

@@ -212,7 +212,7 @@ class SystemArea:
         offset = REGIONS_OFFSET
         for region in regions:
             if offset + _REGION.size > IDT_OFFSET:
-                break
+                raise ImageError("memory map", f"{len(regions)} ranges are too many to list")
             _REGION.pack_into(view, offset, *region)
             offset += _REGION.size
         text = command_line.encode() + b"\0"
@@ -257,7 +257,7 @@ class SystemArea:
         ring = self._view[INPUT_OFFSET : INPUT_OFFSET + INPUT_BYTES]
         ring[at : at + first] = chunk[:first]
         ring[: len(chunk) - first] = chunk[first:]
-        console.in_head = head + len(chunk)
+        console.in_head = (head + len(chunk)) % (1 << 64)  # the guest may write there, too
 
     def end_input(self) -> None:
         """Tell the guest that no more input comes."""

@@ -35,7 +35,11 @@ class Command:
 
     def begin(self, *args: str, **options: object) -> subprocess.Popen[bytes]:
         """Start it, with pipes for what it prints."""
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        streams = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
         return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
             [*self.prefix, *args], env=self.environment, **(streams | options)
         )

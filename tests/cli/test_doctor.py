@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from .conftest import Command
 
 
 @pytest.mark.kvm
 @pytest.mark.npt
-def test_json_and_exit_code(kvmmm):
+def test_json_and_exit_code(kvmmm: Command):
     done = kvmmm("doctor", "--json")
     record = json.loads(done.stdout)
-    broken = [c for c in record["checks"] if c["needed"] and c["result"] not in {"ok", "works differently"}]
+    broken = [
+        c
+        for c in record["checks"]
+        if c["needed"] and c["result"] not in {"ok", "works differently"}
+    ]
     assert not broken
     assert record["ok"]
     assert done.returncode == 0
@@ -23,7 +31,7 @@ def test_json_and_exit_code(kvmmm):
 
 
 @pytest.mark.kvm
-def test_lines_for_people(kvmmm):
+def test_lines_for_people(kvmmm: Command):
     done = kvmmm("doctor")
     text = done.stdout.decode()
     assert done.returncode == 0, text
@@ -32,7 +40,7 @@ def test_lines_for_people(kvmmm):
     assert not done.stderr
 
 
-def test_without_kvm_nothing_else_is_tried(kvmmm_without_kvm):
+def test_without_kvm_nothing_else_is_tried(kvmmm_without_kvm: Command):
     record = json.loads(kvmmm_without_kvm("doctor", "--json").stdout)
     results = {check["key"]: check["result"] for check in record["checks"]}
     assert results.pop("open") == "missing"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmmm.vmm import bundled
-
 from .conftest import last_line
+
+if TYPE_CHECKING:
+    from .conftest import Command
 
 pytestmark = pytest.mark.kvm
 
@@ -23,7 +26,7 @@ TIMEOUT_SECONDS = 60
 
 
 @pytest.mark.npt
-def test_hello(kvmmm):
+def test_hello(kvmmm: Command):
     done = kvmmm("run", "hello")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(b"hello from ring 0")
@@ -42,55 +45,55 @@ def test_hello(kvmmm):
         (("touch", "--", "bites=3M"), 2, "the guest exited with status 2"),
     ],
 )
-def test_exit_codes_and_whose_they_are(kvmmm, args, code, end):
+def test_exit_codes_and_whose_they_are(kvmmm: Command, args: tuple[str, ...], code: int, end: str):
     done = kvmmm("run", *args)
     assert done.returncode == code, done.stderr
     assert last_line(done.stderr) == f"kvmmm: {end}"
     assert b"Traceback" not in done.stderr
 
 
-def test_tests_of_the_guest_are_counted(kvmmm):
+def test_tests_of_the_guest_are_counted(kvmmm: Command):
     done = kvmmm("run", "traps")
     assert done.returncode == 0
     assert " passed, 0 failed" in last_line(done.stderr)
 
 
-def test_a_bundled_guest_has_its_own_command_line_until_the_user_gives_one(kvmmm):
+def test_a_bundled_guest_has_its_own_command_line_until_the_user_gives_one(kvmmm: Command):
     assert b"[1] two=2" in kvmmm("run", "args").stdout
     given = kvmmm("run", "args", "--", "--first", "second").stdout
     assert b"--first" in given
     assert b"two=2" not in given
 
 
-def test_a_file_wins_over_a_name(kvmmm, tmp_path):
+def test_a_file_wins_over_a_name(kvmmm: Command, tmp_path: Path):
     (tmp_path / "hello").write_bytes(b"not an ELF")
     done = kvmmm("run", "hello", cwd=tmp_path)
     assert done.returncode == 65
     assert b"not an ELF" in done.stderr
 
 
-def test_a_flat_binary(kvmmm, tmp_path):
+def test_a_flat_binary(kvmmm: Command, tmp_path: Path):
     flat = tmp_path / "flat.bin"
     flat.write_bytes(b"\xb8\x05\x00\x00\x00\xe7\xb8")  # mov $5, %eax; out %eax, $0xb8
     assert kvmmm("run", str(flat), "--base", "0x100000").returncode == 5
     assert kvmmm("run", str(flat)).returncode == 65
 
 
-def test_rejected_images_need_no_kvm(kvmmm_without_kvm, tmp_path):
+def test_rejected_images_need_no_kvm(kvmmm_without_kvm: Command, tmp_path: Path):
     image = tmp_path / "bad.elf"
     image.write_bytes(b"\x7fELF" + bytes(4))
     assert kvmmm_without_kvm("run", str(image)).returncode == 65
     assert kvmmm_without_kvm("run", str(tmp_path / "none")).returncode == 66
 
 
-def test_stdin_is_the_console_input(kvmmm):
+def test_stdin_is_the_console_input(kvmmm: Command):
     data = b"one\ntwo\n\xff\x00end"
     assert kvmmm("run", "echo", input=data).stdout == data
     assert kvmmm("run", "echo", "--no-input", input=data).stdout == b""
     assert kvmmm("run", "echo").stdout == b""
 
 
-def test_stats_and_json(kvmmm, tmp_path):
+def test_stats_and_json(kvmmm: Command, tmp_path: Path):
     path = tmp_path / "run.json"
     done = kvmmm("run", "touch", "--stats", "--json", str(path))
     assert done.returncode == 0
@@ -109,7 +112,7 @@ def test_stats_and_json(kvmmm, tmp_path):
 
 @pytest.mark.npt
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_spinning_guest_and_says_where_it_was(kvmmm, number):
+def test_a_signal_ends_a_spinning_guest_and_says_where_it_was(kvmmm: Command, number: int):
     process = kvmmm.begin("run", "spin", "--timeout", "60s")
     with process:
         assert process.stdout.readline().startswith(b"spin:")
@@ -122,17 +125,17 @@ def test_a_signal_ends_a_spinning_guest_and_says_where_it_was(kvmmm, number):
     assert b"Traceback" not in stderr
 
 
-def test_ctrl_c_while_the_guest_waits_for_input(kvmmm):
+def test_ctrl_c_while_the_guest_waits_for_input(kvmmm: Command):
     process = kvmmm.begin("run", "echo", "--timeout", "60s", stdin=subprocess.PIPE)
     with process:
-        process.stdin.write(b"x")
+        process.stdin.write(b"x\n")
         process.stdin.flush()
-        assert process.stdout.read(1) == b"x"
+        assert process.stdout.readline() == b"x\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(TIMEOUT_SECONDS) == 75
 
 
-def test_ctrl_c_while_nobody_reads(kvmmm):
+def test_ctrl_c_while_nobody_reads(kvmmm: Command):
     args = ("mode=lines", "bytes=1048576", "line=64")
     process = kvmmm.begin("run", "bench_console", "--timeout", "60s", "--", *args)
     with process:
@@ -144,7 +147,7 @@ def test_ctrl_c_while_nobody_reads(kvmmm):
         assert process.wait(TIMEOUT_SECONDS) == 75
 
 
-def test_a_closed_pipe_ends_the_run(kvmmm):
+def test_a_closed_pipe_ends_the_run(kvmmm: Command):
     process = kvmmm.begin("run", "straddle", "--timeout", "60s")
     with process:
         assert process.stdout.readline()
@@ -155,7 +158,7 @@ def test_a_closed_pipe_ends_the_run(kvmmm):
 
 
 @pytest.mark.parametrize(("redirection", "code"), [("<&-", 0), (">&-", 74), ("2>&-", 0)])
-def test_streams_that_the_shell_has_closed(redirection, code):
+def test_streams_that_the_shell_has_closed(redirection: str, code: int):
     command = f"{sys.executable} -m kvmmm run hello {redirection}"
     done = subprocess.run(command, shell=True, timeout=TIMEOUT_SECONDS, check=False)  # noqa: S602
     assert done.returncode == code
@@ -163,7 +166,7 @@ def test_streams_that_the_shell_has_closed(redirection, code):
 
 @pytest.mark.npt
 @pytest.mark.parametrize("args", [("run", "hello"), ("doctor",)])
-def test_without_kvm_it_says_what_to_type(kvmmm_without_kvm, args):
+def test_without_kvm_it_says_what_to_type(kvmmm_without_kvm: Command, args: tuple[str, ...]):
     done = kvmmm_without_kvm(*args)
     said = (done.stdout + done.stderr).decode()
     assert done.returncode == 69
@@ -179,27 +182,28 @@ def _group_of_kvm() -> int:
     return status.st_gid
 
 
-def _as_nobody(kvmmm, groups: list[int], *args: str) -> subprocess.CompletedProcess[bytes]:
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another user")
-    probe = kvmmm("--version", user=65534, group=65534, extra_groups=groups)
-    if probe.returncode != 0:
+def _as_nobody(kvmmm: Command, groups: str, *args: str) -> subprocess.CompletedProcess[bytes]:
+    setpriv = shutil.which("setpriv")
+    if os.geteuid() != 0 or setpriv is None:
+        pytest.skip("only root, with setpriv, can become another user")
+    kvmmm.prefix = [setpriv, "--reuid=65534", "--regid=65534", groups, *kvmmm.prefix]
+    if kvmmm("--version").returncode != 0:
         pytest.skip("another user cannot read this environment")
-    return kvmmm(*args, user=65534, group=65534, extra_groups=groups)
+    return kvmmm(*args)
 
 
-def test_an_ordinary_user_with_access(kvmmm):
-    done = _as_nobody(kvmmm, [_group_of_kvm()], "run", "hello")
+def test_an_ordinary_user_with_access(kvmmm: Command):
+    done = _as_nobody(kvmmm, f"--groups={_group_of_kvm()}", "run", "hello")
     assert done.returncode == 0, done.stderr
 
 
-def test_an_ordinary_user_without_access(kvmmm):
+def test_an_ordinary_user_without_access(kvmmm: Command):
     if Path("/dev/kvm").stat().st_mode & stat.S_IROTH:
         pytest.skip("everybody may open /dev/kvm here")
-    done = _as_nobody(kvmmm, [], "run", "hello")
+    done = _as_nobody(kvmmm, "--clear-groups", "run", "hello")
     assert done.returncode == 77
     assert b"/dev/kvm is closed to you" in done.stderr
     assert b"usermod -aG kvm" in done.stderr
-    doctor = _as_nobody(kvmmm, [], "doctor")
+    doctor = kvmmm("doctor")
     assert doctor.returncode == 69
     assert b"usermod -aG kvm" in doctor.stdout

@@ -6,10 +6,14 @@ import errno
 import os
 import signal
 import threading
+from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmmm.cli.terminal import ConsoleLostError, ConsoleOutput, Interruption
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def pipe():
             os.close(end)
 
 
-def test_bytes_arrive_as_they_are(pipe):
+def test_bytes_arrive_as_they_are(pipe: list[int]):
     output = ConsoleOutput(pipe[1])
     output(b"a\xff\x00b\n")
     assert os.read(pipe[0], 100) == b"a\xff\x00b\n"
@@ -31,7 +35,7 @@ def test_bytes_arrive_as_they_are(pipe):
     assert not output.is_terminal
 
 
-def test_more_than_a_pipe_holds(pipe):
+def test_more_than_a_pipe_holds(pipe: list[int]):
     data = os.urandom(300_000)
     received = bytearray()
 
@@ -46,19 +50,19 @@ def test_more_than_a_pipe_holds(pipe):
     assert received == data
 
 
-def test_non_blocking_output_is_waited_for(pipe):
+def test_non_blocking_output_is_waited_for(pipe: list[int]):
     os.set_blocking(pipe[1], False)
     test_more_than_a_pipe_holds(pipe)
 
 
-def test_regular_files(tmp_path):
+def test_regular_files(tmp_path: Path):
     path = tmp_path / "out"
     with path.open("wb", buffering=0) as file:
         ConsoleOutput(file.fileno())(b"x" * 100_000)
     assert path.read_bytes() == b"x" * 100_000
 
 
-def test_a_reader_that_has_gone(pipe):
+def test_a_reader_that_has_gone(pipe: list[int]):
     os.close(pipe[0])
     pipe[0] = -1
     with pytest.raises(ConsoleLostError, match="nobody reads") as caught:
@@ -76,7 +80,7 @@ def test_a_full_disk():
         os.close(fd)
 
 
-def test_giving_up_ends_a_write_that_nobody_reads(pipe):
+def test_giving_up_ends_a_write_that_nobody_reads(pipe: list[int]):
     output = ConsoleOutput(pipe[1])
     threading.Timer(0.1, output.give_up).start()
     output(b"x" * 1_000_000)  # comes back
@@ -86,7 +90,9 @@ def test_giving_up_ends_a_write_that_nobody_reads(pipe):
 def test_sigterm_stops_and_handlers_are_put_back():
     calls: list[str] = []
     before = signal.getsignal(signal.SIGTERM)
-    with Interruption(lambda: calls.append("stop"), lambda: calls.append("give up")) as interruption:
+    with Interruption(
+        lambda: calls.append("stop"), lambda: calls.append("give up")
+    ) as interruption:
         signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # the second one ends us
     assert calls == ["give up", "stop"]

@@ -33,7 +33,7 @@ def invoke(*args: str):
         (("doctor", "now"), "unexpected extra argument"),
     ],
 )
-def test_wrong_usage(args, taught):
+def test_wrong_usage(args: tuple[str, ...], taught: str):
     result = invoke(*args)
     assert result.exit_code == EXIT_USAGE
     assert taught in result.output
@@ -65,8 +65,10 @@ def test_every_listed_command_exists():
         assert kvmmm.get_command(context, name) is not None
 
 
-def test_a_command_that_is_not_installed_is_not_listed(monkeypatch):
-    monkeypatch.setattr("kvmmm.cli.group.find_spec", lambda name: name != "kvmmm.bench.command" or None)
+def test_a_command_that_is_not_installed_is_not_listed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "kvmmm.cli.group.find_spec", lambda name: name != "kvmmm.bench.command" or None
+    )
     context = click.Context(kvmmm)
     assert "bench" not in kvmmm.list_commands(context)
     assert kvmmm.get_command(context, "bench") is None

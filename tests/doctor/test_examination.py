@@ -12,7 +12,7 @@ from kvmmm.doctor.finding import Check, Finding, differs, missing, ok
 from kvmmm.errors import KvmUnavailableError, StateError
 
 
-def checks_of(monkeypatch, *checks: Check) -> None:
+def checks_of(monkeypatch: pytest.MonkeyPatch, *checks: Check) -> None:
     opened = Check("open", "open", lambda: ok("yes"))
     monkeypatch.setattr(examination.device, "OPEN", opened)
     monkeypatch.setattr(examination, "THEMES", (("a theme", (opened, *checks)),))
@@ -25,7 +25,7 @@ def raising(error: Exception):
     return probe
 
 
-def test_failures_of_every_kind_are_findings(monkeypatch):
+def test_failures_of_every_kind_are_findings(monkeypatch: pytest.MonkeyPatch):
     checks_of(
         monkeypatch,
         Check("kvmmm", "kvmmm", raising(StateError("not now"))),
@@ -43,7 +43,7 @@ def test_failures_of_every_kind_are_findings(monkeypatch):
     assert [check.key for check in found.failures] == ["kvmmm", "os", "defect"]
 
 
-def test_what_is_not_needed_may_be_missing(monkeypatch):
+def test_what_is_not_needed_may_be_missing(monkeypatch: pytest.MonkeyPatch):
     checks_of(
         monkeypatch,
         Check("extra", "extra", lambda: missing("not here", "never mind"), is_needed=False),
@@ -52,7 +52,7 @@ def test_what_is_not_needed_may_be_missing(monkeypatch):
     assert examine().is_ok
 
 
-def test_without_a_device_nothing_is_tried(monkeypatch):
+def test_without_a_device_nothing_is_tried(monkeypatch: pytest.MonkeyPatch):
     error = KvmUnavailableError(errno.ENOENT, "/dev/kvm is missing", "type this")
     closed = Check("open", "open", raising(error))
     other = Check("other", "other", lambda: pytest.fail("it was tried"))
@@ -75,7 +75,7 @@ def test_without_a_device_nothing_is_tried(monkeypatch):
         (None, None, ("could not be told",)),
     ],
 )
-def test_verdicts(paging, ratio, words):
+def test_verdicts(paging: str | None, ratio: float | None, words: tuple[str, ...]):
     found = Examination()
     found.findings = {
         "open": ok("yes"),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from kvmmm.doctor.code import DATA, END, LOAD, SPIN, STEP, UD2, jump_back, mov_eax, u32
 from kvmmm.doctor.lab import Lab, ProbeError
 
+if TYPE_CHECKING:
+    from kvmmm.doctor.lab import Script
+
 pytestmark = pytest.mark.kvm
 
 
 @pytest.mark.parametrize("ring", [0, 3])
-def test_registers_at_the_end(ring):
+def test_registers_at_the_end(ring: int):
     with Lab(mov_eax(42) + END, ring=ring) as lab:
         assert lab.run()["rax"] == 42
 
@@ -22,7 +27,7 @@ def test_data_is_where_it_should_be():
 
 
 def test_a_script_goes_step_by_step():
-    def script():
+    def script() -> Script:
         first = yield
         second = yield
         return first, second
@@ -32,7 +37,7 @@ def test_a_script_goes_step_by_step():
 
 
 def test_a_script_may_leave_the_guest_in_the_middle():
-    def script():
+    def script() -> Script:
         yield
         return "enough"
 
@@ -41,7 +46,7 @@ def test_a_script_may_leave_the_guest_in_the_middle():
 
 
 def test_a_guest_that_ends_too_early():
-    def script():
+    def script() -> Script:
         while True:
             yield
 

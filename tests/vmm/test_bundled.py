@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,6 +12,10 @@ from kvmmm.hostarch.units import parse_bytes, parse_duration_ns
 from kvmmm.vmm import bundled
 from kvmmm.vmm.bundled import BundledGuest
 from kvmmm.vmm.image import ImageNotFoundError, read_image
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
 
 
 def test_every_guest_of_the_manifest_has_an_image_that_loads():
@@ -64,12 +69,14 @@ def test_near_miss_is_suggested():
         ({"outcome": "halted"}, "halted"),
     ],
 )
-def test_expected_is_said_for_people(tmp_path, expect, text):
+def test_expected_is_said_for_people(tmp_path: Path, expect: dict[str, Any], text: str):
     entry = {"name": "x", "group": "demo", "property": "is", "expect": expect}
     assert BundledGuest(tmp_path, entry).expected == text
 
 
-def test_guests_that_were_not_built_are_an_error_with_a_remedy(tmp_path, monkeypatch):
+def test_guests_that_were_not_built_are_an_error_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(bundled, "directory", lambda: tmp_path)
     bundled.guests.cache_clear()
     try:

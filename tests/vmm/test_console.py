@@ -433,6 +433,17 @@ class TestGuestInput:
         assert (result.outcome, result.status) == ("exited", 0), describe(result)
         assert os.read(pipe[0], 100) == b"input"
 
+    def test_indexes_at_their_end(self, pipe: tuple[int, int]):
+        """Both ends of the input ring at 2**64 - 1: what follows wraps."""
+        os.write(pipe[1], b"input")
+        code = Code().ring3().mov("rcx", -1)
+        for offset in (72, 136):
+            code.mov("rbx", (64 << 20) + offset).store("rbx", "rcx")
+        with load_code(code.out8(lib.KVMMM_PORT_INPUT, 0).exit(0), console_input=pipe[0]) as vm:
+            result = vm.run(timeout=TIMEOUT)
+            assert (result.outcome, result.status) == ("exited", 0), describe(result)
+            assert struct.unpack("<Q", vm.area.read(vm.area.start + 136, 8)) == (4,)
+
 
 @pytest.mark.kvm
 def test_a_line_is_seen_soon(is_slow_machine: bool):

@@ -82,7 +82,7 @@ class Machine:
         control, guest_end = os.pipe()
         arguments = [
             self._host.qemu, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-            "-accel", "tcg,thread=multi", "-cpu", _CPU, "-smp", "2", "-m", self.memory,
+            "-accel", "tcg,thread=single", "-cpu", _CPU, "-smp", "1", "-m", self.memory,
             "-kernel", str(self._host.kernel), "-initrd", f"/dev/fd/{initrd}",
             "-append", f"{_KERNEL_ARGUMENTS} npt={int(self.nested_paging)}",
             "-serial", "stdio", "-serial", f"file:/dev/fd/{guest_end}",

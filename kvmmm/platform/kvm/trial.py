@@ -31,11 +31,14 @@ class Trial:
         has_avx: CR4.OSXSAVE and XCR0 = x87|SSE|AVX were taken.
         has_fsgsbase: CR4.FSGSBASE was taken.
         ports_open: Ring 3 can use a port through the TSS's I/O bitmap.
+        tss_type: The type in TR that made it so. KVM_GET_SREGS may tell another (SVM: always busy).
         sregs: Special registers for 64-bit ring 0, lacking only table addresses; bytes.
         xcrs_hva: Address of a struct kvm_xcrs with XCR0 = 7.
     """
 
-    __slots__ = ("_xcrs", "has_avx", "has_fsgsbase", "ports_open", "sregs", "xcrs_hva")
+    __slots__ = (
+        *("_xcrs", "has_avx", "has_fsgsbase", "ports_open", "sregs", "tss_type", "xcrs_hva"),
+    )
 
     def __init__(self, device: Device) -> None:
         self._xcrs = boot.xcrs_with_avx()
@@ -59,6 +62,7 @@ class Trial:
                     break
         else:
             sregs.tr.type = boot.TSS_BUSY
+        self.tss_type = int(sregs.tr.type)
         self.sregs = bytes(ffi.buffer(sregs))
 
 

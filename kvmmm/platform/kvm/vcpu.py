@@ -104,6 +104,7 @@ class Vcpu(VcpuCore):
             ss: Stack selector.
         """
         boot.load_return_segments(sregs, cs, ss)
+        sregs.tr.type = self.trial.tss_type
         run = self._sync
         ffi.memmove(lib.kvmmm_sync_sregs(run), sregs, ffi.sizeof("struct kvm_sregs"))
         run.kvm_dirty_regs |= abi.KVM_SYNC_X86_SREGS
