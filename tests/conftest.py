@@ -1,9 +1,9 @@
 """What all tests share: when KVM tests run, hypothesis profiles, a check for what is left behind.
 
-KVMMM_TEST_KVM  auto (the default): tests marked `kvm` are skipped, with the reason, where /dev/kvm does
-                not open. require: there they fail. never: they are skipped in any case.
-KVMMM_TEST_NPT  set inside the machine of `make test-npt` (1: nested, 0: shadow paging), where Python is
-                some 16 times slower: repetitions shrink, checks do not.
+KVMMM_TEST_KVM  auto (the default): tests marked `kvm` are skipped, with the reason, where /dev/kvm
+                does not open. require: there they fail. never: they are skipped in any case.
+KVMMM_TEST_NPT  set inside the machine of `make test-npt` (1: nested, 0: shadow paging), where
+                Python is some 16 times slower: repetitions shrink, checks do not.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class Footprint:
 
     def __init__(self) -> None:
         names = []
-        for fd in os.listdir("/proc/self/fd"):
+        for fd in Path("/proc/self/fd").iterdir():
             try:
-                names.append(os.readlink(f"/proc/self/fd/{fd}"))  # noqa: PTH115 - no file behind it
+                names.append(str(fd.readlink()))
             except FileNotFoundError:
                 continue  # the listing's own
         self.fds = sorted(n for n in names if "kvm-v" in n or "kvmmm" in n)
@@ -87,7 +87,7 @@ class Footprint:
         self.mappings = sorted(
             line.split(maxsplit=5)[5] for line in maps if "kvm-v" in line or "memfd:kvmmm" in line
         )
-        self.n_threads = len(os.listdir("/proc/self/task"))
+        self.n_threads = len(list(Path("/proc/self/task").iterdir()))
 
     def leaks_since(self, before: Footprint) -> str:
         """Return what is here and was not before; empty for nothing."""

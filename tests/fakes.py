@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvmmm.platform.base import File
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """What a CPU raises where it finds no translation, or one that forbids the access."""
 
     def __init__(self, addr: int, access: int) -> None:
@@ -64,7 +64,7 @@ class FakeAddressSpace:
         return found is not None and not access & ~found[2]
 
     def load(self, addr: int, length_bytes: int, access: int = READ) -> bytes:
-        """Read as a CPU does; raises Fault."""
+        """Read as a CPU does; raises FaultError."""
         found = b""
         for frame, start, stop in self._pieces(addr, length_bytes, access):
             with frame as view:
@@ -72,7 +72,7 @@ class FakeAddressSpace:
         return found
 
     def store(self, addr: int, data: bytes) -> None:
-        """Write as a CPU does; raises Fault, after the bytes before it have been written."""
+        """Write as a CPU does; raises FaultError, after the bytes before it have been written."""
         done = 0
         for frame, start, stop in self._pieces(addr, len(data), WRITE):
             with frame as view:
@@ -88,7 +88,7 @@ class FakeAddressSpace:
             page = page_down(at)
             if not self.is_mapped(page, access):
                 if self.on_fault is None:
-                    raise Fault(at, access)
+                    raise FaultError(at, access)
                 self.on_fault(at, access)
                 # One fault must do: a CPU that faults again and again makes no progress.
                 assert self.is_mapped(page, access), f"{at:#x} still forbids {access}"

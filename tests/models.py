@@ -6,7 +6,7 @@ from kvmmm.hostarch.access import effective
 from kvmmm.hostarch.addr import PAGE_BYTES, page_down
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An access that must fail.
 
     Attributes:
@@ -43,7 +43,7 @@ class ModelMemory:
         """All or nothing."""
         for page in range(start, end, PAGE_BYTES):
             if page not in self.pages:
-                raise Refused(page, 0, mapped=False)
+                raise RefusedError(page, 0, mapped=False)
         for page in range(start, end, PAGE_BYTES):
             self.pages[page] = perms, self.pages[page][1]
 
@@ -67,7 +67,7 @@ class ModelMemory:
             page = page_down(at)
             perms = self.pages.get(page)
             if perms is None or access & ~effective(perms[0]):
-                raise Refused(at, at - addr, mapped=perms is not None)
+                raise RefusedError(at, at - addr, mapped=perms is not None)
             stop = min(page + PAGE_BYTES, addr + length)
             yield page, at - page, stop - page
             at = stop

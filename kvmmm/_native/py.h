@@ -46,6 +46,13 @@ void py_registers_orphan(PyObject *registers);
 /* The vCPU's C state, or NULL with ValueError set when it is closed (or the pointer was cleared). */
 struct kvmmm_vcpu *py_vcpu_state(struct py_vcpu *vcpu);
 
+/* OSError with that errno; NULL. */
+PyObject *py_raise_errno(int err);
+
+/* VcpuCore's methods of the same names (py_run.c). */
+PyObject *py_vcpu_run(PyObject *op, PyObject *timeout);
+PyObject *py_vcpu_once(PyObject *op, PyObject *timeout);
+
 /* PyType_FromModuleAndSpec, kept in *slot and added to the module under its name. */
 int py_add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **slot);
 

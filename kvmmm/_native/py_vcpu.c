@@ -1,9 +1,4 @@
-/* py_vcpu.c: VcpuCore, the Python face of run.c.
- *
- * The loop stays in C: Python is called for the exits that need it, by the handlers set on the object,
- * and a handler's answer other than None ends the run and becomes its result. The GIL is released
- * around KVM_RUN only.
- */
+/* py_vcpu.c: VcpuCore, a vCPU as a Python object: its life, its ports, its figures. It runs in py_run.c. */
 #include <errno.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -25,7 +20,7 @@ struct kvmmm_vcpu *py_vcpu_state(struct py_vcpu *vcpu)
 
 static struct kvmmm_vcpu *state_of(PyObject *op) { return py_vcpu_state((struct py_vcpu *)op); }
 
-static PyObject *raise_errno(int err)
+PyObject *py_raise_errno(int err)
 {
     errno = err;
     return PyErr_SetFromErrno(PyExc_OSError);
@@ -60,7 +55,7 @@ static int vcpu_init(PyObject *op, PyObject *args, PyObject *kwargs)
     if (v->run == MAP_FAILED) {
         int err = errno;
         free(v);
-        raise_errno(err);
+        py_raise_errno(err);
         return -1;
     }
     v->fd = fd;
@@ -175,161 +170,7 @@ static PyObject *vcpu_set_port(PyObject *op, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* An IN handler's answer goes to the guest; None reads as ones, like a port where nobody is. */
-static int answer_in(struct kvm_run *run, PyObject *answer)
-{
-    uint64_t value = UINT64_MAX;
-    if (answer != Py_None) {
-        value = PyLong_AsUnsignedLongLongMask(answer);
-        if (value == UINT64_MAX && PyErr_Occurred())
-            return -1;
-    }
-    uint8_t *data = (uint8_t *)run + run->io.data_offset;
-    for (uint32_t i = 0; i < run->io.count; i++)
-        memcpy(data + i * run->io.size, &value, run->io.size);
-    return 0;
-}
-
-static PyObject *call_value_handler(struct py_vcpu *self, PyObject *handler)
-{
-    struct kvm_run *run = self->v->run;
-    PyObject *number = self->port_numbers[self->v->port_index];
-    if (run->io.direction == KVM_EXIT_IO_IN) {
-        PyObject *answer = PyObject_CallFunctionObjArgs(handler, number, Py_None, NULL);
-        if (!answer)
-            return NULL;
-        int rc = answer_in(run, answer);
-        Py_DECREF(answer);
-        return rc ? NULL : Py_NewRef(Py_None);
-    }
-    PyObject *result = Py_NewRef(Py_None);
-    for (uint32_t i = 0; i < run->io.count && result == Py_None; i++) {
-        uint32_t bits = 0;
-        memcpy(&bits, (uint8_t *)run + run->io.data_offset + i * run->io.size, run->io.size);
-        PyObject *value = PyLong_FromUnsignedLong(bits);
-        Py_DECREF(result);
-        if (!value)
-            return NULL;
-        result = PyObject_CallFunctionObjArgs(handler, number, value, NULL);
-        Py_DECREF(value);
-    }
-    return result;
-}
-
-static PyObject *call_port_handler(struct py_vcpu *self)
-{
-    struct kvmmm_port *port = &self->v->ports[self->v->port_index];
-    PyObject *exit = NULL, *handler = port->handler, *result;
-    if (port->kind == KVMMM_PORT_KIND_VALUE && handler) {
-        Py_INCREF(handler);
-        result = call_value_handler(self, handler);
-        Py_DECREF(handler);
-        return result;
-    }
-    exit = py_io_exit_of(self);
-    if (!exit || !handler)
-        return exit; /* nobody to ask: the exit itself ends the run */
-    Py_INCREF(handler);
-    result = PyObject_CallFunctionObjArgs(handler, exit, NULL);
-    Py_DECREF(handler);
-    Py_DECREF(exit);
-    return result;
-}
-
 /* ---- Running ---------------------------------------------------------------------------------- */
-
-static PyObject *call_or_return(PyObject *handler, PyObject *exit)
-{
-    if (!exit || !handler || handler == Py_None)
-        return exit;
-    PyObject *result = PyObject_CallFunctionObjArgs(handler, exit, NULL);
-    Py_DECREF(exit);
-    return result;
-}
-
-static PyObject *call_console_handler(struct py_vcpu *self)
-{
-    if (!self->on_console || self->on_console == Py_None)
-        return Py_NewRef(Py_None);
-    return PyObject_CallNoArgs(self->on_console);
-}
-
-/* KVM_RUN itself failed: IoctlError, which the layer above us defines and everybody above expects. */
-static PyObject *raise_run_failed(struct kvmmm_vcpu *v, int err)
-{
-    PyObject *errors = PyImport_ImportModule("kvmmm.errors");
-    PyObject *type = errors ? PyObject_GetAttrString(errors, "IoctlError") : NULL;
-    PyObject *error = type ? PyObject_CallFunction(type, "ssi", "KVM_RUN", "", err) : NULL;
-    if (error)
-        PyErr_SetObject(type, error);
-    Py_XDECREF(error);
-    Py_XDECREF(type);
-    Py_XDECREF(errors);
-    return NULL;
-}
-
-static PyObject *serve_event(struct py_vcpu *self, int event)
-{
-    struct kvmmm_vcpu *v = self->v;
-    switch (event) {
-    case KVMMM_EV_IO:
-        return call_port_handler(self);
-    case KVMMM_EV_MMIO:
-        return call_or_return(self->on_mmio, py_mmio_exit_of(self));
-    case KVMMM_EV_CONSOLE:
-        kvmmm_vcpu_poll_console(v);
-        return call_console_handler(self);
-    case KVMMM_EV_STOPPED:
-        return PyLong_FromLong(-(long)v->stop_reason);
-    case KVMMM_EV_TICK:
-        if (PyErr_CheckSignals())
-            return NULL;
-        return kvmmm_vcpu_console_tick(v) ? call_console_handler(self) : Py_NewRef(Py_None);
-    case KVMMM_EV_COLD:
-        return call_or_return(self->on_cold, PyLong_FromUnsignedLong(v->run->exit_reason));
-    default:
-        return raise_run_failed(v, -event);
-    }
-}
-
-/* run(timeout_ns): until a handler answers something. once(timeout_ns): the next exit, unhandled by
- * Python. Both return IoExit, MmioExit, a handler's answer, an exit reason, or -enum kvmmm_stop. */
-static PyObject *run_until(PyObject *op, PyObject *timeout, bool once)
-{
-    struct py_vcpu *self = (struct py_vcpu *)op;
-    struct kvmmm_vcpu *v = state_of(op);
-    long long timeout_ns = PyLong_AsLongLong(timeout);
-    if (!v || (timeout_ns == -1 && PyErr_Occurred()))
-        return NULL;
-    if (atomic_load(&v->tid)) {
-        PyErr_SetString(PyExc_RuntimeError, "the vCPU is running already");
-        return NULL;
-    }
-    self->handler_failed = false;
-    int rc = kvmmm_vcpu_begin(v, timeout_ns);
-    PyObject *result = rc ? raise_errno(-rc) : Py_NewRef(Py_None);
-    while (result == Py_None) {
-        int event;
-        Py_BEGIN_ALLOW_THREADS
-        event = kvmmm_vcpu_enter(v);
-        Py_END_ALLOW_THREADS
-        Py_DECREF(result);
-        if (once && event == KVMMM_EV_IO)
-            result = py_io_exit_of(self);
-        else if (once && event == KVMMM_EV_MMIO)
-            result = py_mmio_exit_of(self);
-        else if (once && event == KVMMM_EV_COLD)
-            result = PyLong_FromUnsignedLong(v->run->exit_reason);
-        else
-            result = serve_event(self, event);
-        self->handler_failed = !result && event != KVMMM_EV_TICK && event > 0;
-    }
-    kvmmm_vcpu_end(v);
-    return result;
-}
-
-static PyObject *vcpu_run(PyObject *op, PyObject *timeout) { return run_until(op, timeout, false); }
-static PyObject *vcpu_once(PyObject *op, PyObject *timeout) { return run_until(op, timeout, true); }
 
 static PyObject *vcpu_stop(PyObject *op, PyObject *ignored)
 {
@@ -355,7 +196,7 @@ static PyObject *vcpu_console_take(PyObject *op, PyObject *ignored)
                             : kvmmm_console_take(&v->console, (uint8_t *)PyBytes_AsString(bytes), pending);
     if (n < 0) {
         Py_XDECREF(bytes);
-        return raise_errno((int)-n);
+        return py_raise_errno((int)-n);
     }
     if (n == pending)
         return bytes;
@@ -387,7 +228,7 @@ static PyObject *vcpu_set_coalesced(PyObject *op, PyObject *page_object)
     if (!v || PyErr_Occurred())
         return NULL;
     if (offset + 4096 > v->run_bytes)
-        return raise_errno(EINVAL);
+        return py_raise_errno(EINVAL);
     v->console.coalesced_max = (4096 - sizeof(struct kvm_coalesced_mmio_ring)) / sizeof(struct kvm_coalesced_mmio);
     v->console.coalesced = (struct kvm_coalesced_mmio_ring *)((uint8_t *)v->run + offset);
     kvmmm_vcpu_poll_console(v);
@@ -474,8 +315,8 @@ static int set_timed(PyObject *op, PyObject *value, void *closure)
 static PyMethodDef vcpu_methods[] = {
     {"close", vcpu_close, METH_NOARGS, "Unmap kvm_run and close the descriptor; idempotent."},
     {"set_port", vcpu_set_port, METH_VARARGS, "Give a port a kind and a handler."},
-    {"run", vcpu_run, METH_O, "Run until a handler answers; timeout in ns, 0 for none."},
-    {"once", vcpu_once, METH_O, "Run until the next exit; timeout in ns, 0 for none."},
+    {"run", py_vcpu_run, METH_O, "Run until a handler answers; timeout in ns, 0 for none."},
+    {"once", py_vcpu_once, METH_O, "Run until the next exit; timeout in ns, 0 for none."},
     {"stop", vcpu_stop, METH_NOARGS, "Ask the vCPU to stop, from any thread."},
     {"console_take", vcpu_console_take, METH_NOARGS, "What the guest printed since the last call."},
     {"set_console", vcpu_set_console, METH_VARARGS, "Where the shared console ring lies."},

@@ -20,7 +20,8 @@ class Record:
     Attributes:
         case: Its description.
         value: The median over rounds, in `case.unit`.
-        aa: Distance of the values from label A and label B, as a fraction of the value.
+        aa: Distance of the values from label A and label B, as a fraction of the value (of the
+            goal, where a difference is smaller than that).
         n: Samples of the product behind it.
         over_limit: Counts above their limit: (name, most seen, limit).
         extra: Medians and counts that help to read the value.

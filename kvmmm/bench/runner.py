@@ -13,7 +13,7 @@ import statistics
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kvmmm.bench.case import WORST
+from kvmmm.bench.case import RATIO, WORST
 from kvmmm.bench.record import Record
 
 if TYPE_CHECKING:
@@ -118,9 +118,15 @@ def record_of(case: Case, samples: Samples) -> Record:
         if most > limit:
             over.append((name, most, limit))
     return Record(
-        case, value, abs(a - b) / abs(value) if value else 0.0, len(product),
+        case, value, abs(a - b) / _scale(case, value), len(product),
         over_limit=over, extra=_extra(case, samples, every),
     )  # fmt: skip
+
+
+def _scale(case: Case, value: float) -> float:
+    # A difference may be next to nothing, and its noise many times that; what counts then is the
+    # distance to the goal.
+    return max(abs(value), abs(case.goal or 0) if case.unit != RATIO else 0) or 1.0
 
 
 def _values(case: Case, samples: Samples, label: str) -> list[float]:

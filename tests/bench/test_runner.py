@@ -162,8 +162,20 @@ def test_a_bound_takes_the_worst_round() -> None:
     assert record.extra["median"] == 3.5
 
 
-def test_a_difference_of_nothing_has_no_noise_to_speak_of() -> None:
-    case = Case("fake/none", unit=NS, goal=1, product=("p", "t"), floor=("f", "t"))
+@pytest.mark.parametrize(("goal", "aa"), [(100, 0.02), (None, 2.0)])
+def test_noise_of_a_small_difference_is_measured_by_the_goal(goal: float | None, aa: float) -> None:
+    # 12 and 10 against a floor of 10: the difference is 1, the labels are 2 apart.
+    probes = FakeProbes(p=lambda n: {"t": 12 if n % 2 else 10}, f=lambda _n: {"t": 10})
+    case = Case("fake/small", unit=NS, goal=goal, product=("p", "t"), floor=("f", "t"))
+
+    [record] = measure(group_of(probes, [case]), shuffle=in_order)
+
+    assert record.value == 1.0
+    assert record.aa == pytest.approx(aa)
+
+
+def test_a_difference_of_nothing_without_a_goal_is_no_division_by_zero() -> None:
+    case = Case("fake/none", unit=NS, goal=None, product=("p", "t"), floor=("f", "t"))
 
     [record] = measure(group_of(steady(10, 10), [case]))
 

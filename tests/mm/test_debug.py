@@ -54,7 +54,7 @@ class TestCheckInvariants:
         setup.mm.vmas.insert(*removed[0])
 
     def test_a_frame_that_is_free(self, setup: Setup):
-        start, end, pma = next(iter(setup.mm.pmas))
+        start, _, pma = next(iter(setup.mm.pmas))
         first = pma.file_range(start, start + PAGE)
         setup.arena.dec_ref(first)
         with pytest.raises(AssertionError, match="is free"):

@@ -1,4 +1,4 @@
-"""Copies between host and guest memory: all of it, or which byte was the first that could not be."""
+"""Copies between host and guest memory: all of it, or the first byte that could not be."""
 
 from __future__ import annotations
 

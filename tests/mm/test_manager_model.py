@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,7 +21,10 @@ from kvmmm.hostarch.access import EXECUTE, READ, WRITE
 from kvmmm.hostarch.addr import PAGE_BYTES
 from kvmmm.hostarch.ranges import AddrRange
 from tests.mm.conftest import Setup
-from tests.models import ModelMemory, Refused
+from tests.models import ModelMemory, RefusedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WINDOW = 2 << 20
 # A few neighbourhoods: inside a window, over its edges, and at the end of the address space.
@@ -63,16 +69,17 @@ class Memory(RuleBasedStateMachine):
     def mprotect(self, page: int, count: int, perms: int) -> None:
         ar = self.range(page, count)
         self.compare(
-            lambda: self.mm.mprotect(ar, perms), lambda: self.model.mprotect(ar.start, ar.end, perms)
+            lambda: self.mm.mprotect(ar, perms),
+            lambda: self.model.mprotect(ar.start, ar.end, perms),
         )
 
     @rule(page=PAGES, count=st.integers(1, 20))
     def populate(self, page: int, count: int) -> None:
         ar = self.range(page, count)
-        refused: Refused | None = None
+        refused: RefusedError | None = None
         try:
             self.model.read(ar.start, ar.length_bytes, READ)
-        except Refused as e:
+        except RefusedError as e:
             refused = e
         if refused is None:
             self.mm.populate(ar)
@@ -82,18 +89,24 @@ class Memory(RuleBasedStateMachine):
                 self.mm.populate(ar)
             assert (caught.value.addr, caught.value.done) == (refused.addr, refused.done)
 
-    def compare(self, ours: object, models: object) -> object:
+    def compare(
+        self, ours: Callable[[], object], models: Callable[[], object]
+    ) -> tuple[int, int] | None:
         """Call both: the same bytes, or the same first address, count and reason."""
+        refused: RefusedError | None = None
+        wanted: object = None
         try:
-            wanted = models()  # type: ignore[operator]
-        except Refused as refused:
-            with pytest.raises(GuestFaultError) as caught:
-                ours()  # type: ignore[operator]
-            error = caught.value
-            assert (error.addr, error.mapped) == (refused.addr, refused.mapped)
-            return error.done, refused.done
-        assert ours() == wanted  # type: ignore[operator]
-        return None
+            wanted = models()
+        except RefusedError as e:
+            refused = e
+        if refused is None:
+            assert ours() == wanted
+            return None
+        with pytest.raises(GuestFaultError) as caught:
+            ours()
+        error = caught.value
+        assert (error.addr, error.mapped) == (refused.addr, refused.mapped)
+        return error.done, refused.done
 
     @rule(page=PAGES, offset=OFFSETS, length=LENGTHS)
     def cpu_reads(self, page: int, offset: int, length: int) -> None:
@@ -123,9 +136,11 @@ class Memory(RuleBasedStateMachine):
             lambda: self.mm.read(addr, length, ignore_permissions=ignore),
             lambda: self.model.read(addr, length, 0 if ignore else READ),
         )
-        assert done is None or done[0] == done[1]  # type: ignore[index]
+        assert done is None or done[0] == done[1]
 
-    @rule(page=PAGES, offset=OFFSETS, length=LENGTHS, seed=st.integers(1, 255), ignore=st.booleans())
+    @rule(
+        page=PAGES, offset=OFFSETS, length=LENGTHS, seed=st.integers(1, 255), ignore=st.booleans()
+    )
     def host_writes(self, page: int, offset: int, length: int, seed: int, ignore: bool) -> None:
         addr, data = page * PAGE_BYTES + offset, bytes((seed ^ i) & 0xFF for i in range(length))
 
@@ -133,10 +148,8 @@ class Memory(RuleBasedStateMachine):
             self.model.write(addr, data, 0 if ignore else WRITE)
             return length
 
-        done = self.compare(
-            lambda: self.mm.copy_out(addr, data, ignore_permissions=ignore), model
-        )
-        assert done is None or done[0] == done[1]  # type: ignore[index]
+        done = self.compare(lambda: self.mm.copy_out(addr, data, ignore_permissions=ignore), model)
+        assert done is None or done[0] == done[1]
 
     @rule(page=PAGES, offset=OFFSETS, length=LENGTHS)
     def host_zeroes(self, page: int, offset: int, length: int) -> None:
@@ -147,7 +160,7 @@ class Memory(RuleBasedStateMachine):
             return length
 
         done = self.compare(lambda: self.mm.zero_out(addr, length), model)
-        assert done is None or done[0] == done[1]  # type: ignore[index]
+        assert done is None or done[0] == done[1]
 
     @rule(first=st.integers(0, 7), step=st.integers(1, 8))
     def translations_are_dropped(self, first: int, step: int) -> None:
@@ -170,7 +183,7 @@ class Memory(RuleBasedStateMachine):
         vmas = [(start, end, vma.perms, vma.name) for start, end, vma in self.mm.vmas]
         assert vmas == self.model.vmas()
         for page, (file, offset, perms) in self.space.pages.items():
-            # No translation without a vma, none that grants more, none to a frame that is not the pma's.
+            # No translation without a vma, none that grants more, none but to the pma's frame.
             found = self.mm.pmas.find(page)
             assert found is not None
             assert found[2].file is file
@@ -185,10 +198,8 @@ class Memory(RuleBasedStateMachine):
             return
         spans = sum(end - start for start, end, _ in self.mm.pmas)
         assert self.setup.arena.statistics().used_bytes == spans
-        offsets = sorted(
-            (start + pma.delta, end + pma.delta) for start, end, pma in self.mm.pmas
-        )
-        for (_, end), (start, _) in zip(offsets, offsets[1:], strict=False):
+        offsets = sorted((start + pma.delta, end + pma.delta) for start, end, pma in self.mm.pmas)
+        for (_, end), (start, _) in itertools.pairwise(offsets):
             assert end <= start  # no frame backs two addresses
         counters = self.mm.counters
         assert counters.faults == counters.vma_lookups
@@ -198,7 +209,7 @@ class Memory(RuleBasedStateMachine):
 def test_memory_is_what_the_model_says():
     run_state_machine_as_test(
         Memory,
-        settings=settings(max_examples=settings().max_examples, stateful_step_count=25, deadline=None),
+        settings=settings(
+            max_examples=settings().max_examples, stateful_step_count=25, deadline=None
+        ),
     )
-
-

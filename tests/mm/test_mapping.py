@@ -170,7 +170,7 @@ class TestPopulate:
 
 
 class TestOrder:
-    """Removal: translations, then frames, then the vma. An address space that refuses stops it all."""
+    """Removal: translations, then frames, then the vma; who refuses the first stops it all."""
 
     @pytest.fixture
     def setup(self, make: Make) -> Setup:
@@ -180,9 +180,7 @@ class TestOrder:
         return setup
 
     @pytest.mark.parametrize("name", ["mmap", "munmap", "mprotect"])
-    def test_a_running_cpu_stops_it(
-        self, setup: Setup, name: str, monkeypatch: pytest.MonkeyPatch
-    ):
+    def test_a_running_cpu_stops_it(self, setup: Setup, name: str, monkeypatch: pytest.MonkeyPatch):
         def refuse(_ar: AddrRange) -> None:
             raise StateError("a CPU runs")
 

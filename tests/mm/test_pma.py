@@ -1,4 +1,4 @@
-"""Windows: how much a fault backs, where it lies in the arena, and what a small arena leaves of it."""
+"""Windows: how much a fault backs, where in the arena, and what a small arena leaves of it."""
 
 from __future__ import annotations
 

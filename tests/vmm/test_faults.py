@@ -32,7 +32,11 @@ ACCESSES: dict[str, tuple[Callable[[Code], Code], str, bool]] = {
     "load": (lambda c: c.load("rax", "rbx"), "read from", False),
     "store": (lambda c: c.store("rbx", "rcx"), "write to", True),
     "read-modify-write": (lambda c: c.inc_at("rbx"), "read from|write to", True),
-    "rep movs from": (lambda c: c.raw("48 89 de 48 8d 7c 24 c0 6a 01 59 f3 a4"), "read from", False),
+    "rep movs from": (
+        lambda c: c.raw("48 89 de 48 8d 7c 24 c0 6a 01 59 f3 a4"),
+        "read from",
+        False,
+    ),
     "rep stos": (lambda c: c.raw("48 89 df 6a 08 59 f3 aa"), "write to", True),
     "push": (lambda c: c.raw("48 8d 63 08 6a 00"), "write to", True),
     "call": (_call, "write to", True),
@@ -98,7 +102,9 @@ def test_fault(place: str, access: str, ring: int):
     assert result.outcome == "fault", told
     assert addr <= (result.addr or 0) < addr + 8, told
     headline, *rest = result.report.splitlines()
-    assert any(f"guest fault: {verb} {result.addr:#x}," in headline for verb in verbs.split("|")), told
+    assert any(f"guest fault: {verb} {result.addr:#x}," in headline for verb in verbs.split("|")), (
+        told
+    )
     assert ("where nothing is mapped" in headline) != is_mapped, told
     assert f"ring {ring}" in rest[0], told
     assert f"rbx {addr:#018x}" in result.report, told
@@ -140,7 +146,13 @@ def test_the_report_points_at_the_instruction(place: str, access: str, ring: int
 @pytest.mark.parametrize("ring", [0, 3])
 @pytest.mark.parametrize(
     ("place", "addr"),
-    [("beyond memory", 1 << 30), ("in data", AT), ("in a hole", AT), ("null", 0), ("hole, late", AT)],
+    [
+        ("beyond memory", 1 << 30),
+        ("in data", AT),
+        ("in a hole", AT),
+        ("null", 0),
+        ("hole, late", AT),
+    ],
 )
 @pytest.mark.parametrize("how", ["jump", "call"])
 def test_a_jump_to_nowhere(place: str, addr: int, ring: int, how: str):
@@ -197,7 +209,13 @@ def test_non_canonical_is_an_exception():
 
 @pytest.mark.parametrize(
     ("raw", "name"),
-    [("0f 0b", "#UD"), ("31 d2 31 c9 f7 f1", "#DE"), ("fa", "#GP"), ("e4 99", "#GP"), ("cc", "#BP")],
+    [
+        ("0f 0b", "#UD"),
+        ("31 d2 31 c9 f7 f1", "#DE"),
+        ("fa", "#GP"),
+        ("e4 99", "#GP"),
+        ("cc", "#BP"),
+    ],
     ids=["ud2", "divide by zero", "cli", "closed port", "int3"],
 )
 def test_exceptions_that_nobody_handles(raw: str, name: str):

@@ -1,4 +1,4 @@
-"""The bundled guests' figures: exits, faults and pages come out even, verdicts match what is printed.
+"""The bundled guests' figures: exits, faults and pages come out even, verdicts as printed.
 
 That each ends as the manifest says is tested in tests/guest/test_run.py.
 """

@@ -19,7 +19,16 @@ from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.platform.kvm.boot import GDT_BYTES
 from kvmmm.vmm import bundled
 from kvmmm.vmm.microvm import MicroVM
-from tests.vmm.guest_run import TIMEOUT, describe, load_code, run_code
+from tests.vmm.guest_run import (
+    COUNT,
+    TIMEOUT,
+    count_is_right,
+    counting,
+    describe,
+    finish,
+    load_code,
+    run_code,
+)
 from tests.vmm.machine_code import BASE, Code
 
 if TYPE_CHECKING:
@@ -28,34 +37,6 @@ if TYPE_CHECKING:
     from kvmmm.vmm.result import RunResult
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(200)]
-
-COUNT, FLAG = 0x40_0000, 0x40_1000
-"""Where counting guests write their count, and where they look for the word that ends them."""
-
-
-def counting(code: Code, body: Code | None = None) -> bytes:
-    """A loop that counts in r9 and at COUNT, and exits with 0 when the word at FLAG is 1."""
-    code.mov("r9", 0).mov("rbx", COUNT).mov("rsi", FLAG)
-    loop = code.here
-    code.add("r9", 1)
-    if body is not None:
-        code.raw(body.bytes)
-    code.store("rbx", "r9").load("rax", "rsi").dec("rax").jump_back_unless_zero(loop)
-    return code.exit(0).bytes
-
-
-def count_is_right(vm: MicroVM) -> int:
-    """Return the count; register and memory never differ by more than the store between them."""
-    written = struct.unpack("<Q", vm.mm.read(COUNT, 8))[0]
-    assert vm.vcpu.regs.r9 - written in {0, 1}
-    return int(written)
-
-
-def finish(vm: MicroVM) -> RunResult:
-    vm.mm.copy_out(FLAG, struct.pack("<Q", 1))
-    result = vm.run(timeout=TIMEOUT)
-    assert (result.outcome, result.status) == ("exited", 0), describe(result)
-    return result
 
 
 class TestDeadline:
@@ -208,7 +189,9 @@ class TestStop:
         with load_code(counting(Code().ring3())) as one, load_code(counting(Code().ring3())) as two:
             results: dict[str, RunResult] = {}
             threads = [
-                threading.Thread(target=lambda n=n, vm=vm: results.update({n: vm.run(timeout=TIMEOUT)}))
+                threading.Thread(
+                    target=lambda n=n, vm=vm: results.update({n: vm.run(timeout=TIMEOUT)})
+                )
                 for n, vm in (("one", one), ("two", two))
             ]
             for thread in threads:
@@ -276,122 +259,8 @@ class TestInterrupt:
         assert b"".join(chunks).startswith(b"spin: ")
 
 
-class Stopper:
-    """A thread that stops a VM once for each time that it is allowed to, after a random moment."""
-
-    def __init__(self, seed: int, longest_s: float) -> None:
-        self.rng = random.Random(seed)
-        self.longest_s = longest_s
-        self.vm: MicroVM | None = None
-        self.asked_at = 0.0
-        self.go = threading.Semaphore(0)
-        self.is_over = False
-        self.thread = threading.Thread(target=self._main)
-        self.thread.start()
-
-    def _main(self) -> None:
-        while True:
-            self.go.acquire()
-            if self.is_over or self.vm is None:
-                return
-            if self.rng.random() < 0.9:  # else at once: also before the run has begun
-                time.sleep(self.rng.random() * self.longest_s)
-            self.asked_at = time.monotonic()
-            self.vm.stop()
-
-    def close(self) -> None:
-        self.is_over = True
-        self.go.release()
-        self.thread.join()
-
-
-def run_stopped(vm: MicroVM, stopper: Stopper, n_stops: int) -> list[float]:
-    """Run with that many stops, each of which must end one run; how long each took."""
-    delays = []
-    stopper.vm = vm
-    for _ in range(n_stops):
-        stopper.go.release()
-        result = vm.run(timeout=TIMEOUT)
-        delays.append(time.monotonic() - stopper.asked_at)
-        assert result.outcome == "stopped", describe(result)
-    return delays
-
-
-def all_soon(delays: list[float], is_slow_machine: bool) -> bool:
-    """Within 100 ms; one in fifty may have met another load of this machine."""
-    return is_slow_machine or sorted(delays)[len(delays) * 49 // 50] < 0.1
-
-
-@pytest.mark.parametrize("kind", ["ring 3", "ring 0", "exits", "console"])
-def test_250_stops_at_random_moments(
-    kind: str, scaled: Callable[[int], int], is_slow_machine: bool
-):
-    """A thousand in all, with the next test: none lost, none answered twice, not a count missing."""
-    code = Code().ring(0 if kind == "ring 0" else 3)
-    body = {"exits": Code().raw("44 89 c8").out32(0xB0), "console": Code().raw("44 88 c8 e6 e9")}
-    seen: list[int] = []
-    printed = bytearray()
-    stopper = Stopper(hash(kind) & 0xFF, 0.002)
-    with load_code(counting(code, body.get(kind)), console=printed.extend) as vm:
-        vm.on_out(0xB0, lambda _port, value: seen.append(value), value_only=True)
-        try:
-            delays = run_stopped(vm, stopper, scaled(250))
-        finally:
-            stopper.close()
-        assert vm.vcpu.statistics()["interrupted"] >= len(delays)
-        finish(vm)
-        n_counted = count_is_right(vm)
-        if kind == "exits":
-            assert seen == list(range(1, n_counted + 1))
-        if kind == "console":
-            assert printed == bytes(n & 0xFF for n in range(1, n_counted + 1))
-    assert all_soon(delays, is_slow_machine), sorted(delays)[-10:]
-
-
-def test_250_stops_of_a_guest_that_is_demand_paged(
-    scaled: Callable[[int], int], is_slow_machine: bool
-):
-    """Writes its address to a page in each 2 MiB of 3 GiB, in random order: every access a fault."""
-    rng = random.Random(1)
-    delays: list[float] = []
-    n_stops = scaled(250)
-    stopper = Stopper(9, 0.0005)
-    try:
-        while len(delays) < n_stops:
-            order = [(page << 21) + 0x3000 for page in range(8, 1500)]
-            rng.shuffle(order)
-            code = Code().ring3().mov("rsi", BASE + 0x1000).mov("rcx", len(order))
-            loop = code.here
-            code.load("rbx", "rsi").store("rbx", "rbx").add("rsi", 8).dec("rcx")
-            code.jump_back_unless_zero(loop).exit(0)
-            image = code.bytes.ljust(0x1000, b"\0") + struct.pack(f"<{len(order)}Q", *order)
-            with load_code(image, memory="3G") as vm:
-                stopper.vm = vm
-                while True:
-                    stopper.go.release()
-                    result = vm.run(timeout=TIMEOUT)
-                    if result.outcome != "stopped":
-                        break
-                    delays.append(time.monotonic() - stopper.asked_at)
-                    if len(delays) >= n_stops:
-                        result = vm.run(timeout=TIMEOUT)
-                        break
-                assert (result.outcome, result.status) == ("exited", 0), describe(result)
-                assert result.stats is not None
-                assert result.stats.adds_up
-                assert result.stats.mmio_faults > len(order) * 9 // 10
-                for addr in order:
-                    assert vm.mm.read(addr, 8) == struct.pack("<Q", addr)
-                while stopper.go._value:  # the stop that came too late for this guest
-                    time.sleep(0.001)
-                time.sleep(0.005)
-    finally:
-        stopper.close()
-    assert all_soon(delays, is_slow_machine), sorted(delays)[-10:]
-
-
 class TestReadOnlyTables:
-    """A CPU that must mark a descriptor in read-only memory spins inside KVM: the report says so."""
+    """A CPU that must mark a descriptor there spins inside KVM: the report says so."""
 
     @pytest.mark.parametrize(("name", "opcode"), [("GDT", 2), ("IDT", 3)])
     def test_gdt_and_idt(self, name: str, opcode: int):
@@ -405,7 +274,9 @@ class TestReadOnlyTables:
             result = vm.run(timeout=0.1)
         assert result.outcome == "deadline", describe(result)
         second = result.report.splitlines()[1]
-        assert second.startswith(f"warning: the guest's {name} at {table:#x} lies in read-only"), second
+        assert second.startswith(f"warning: the guest's {name} at {table:#x} lies in read-only"), (
+            second
+        )
 
     def test_page_tables(self):
         """Own tables, in read-only memory: reached by a new CR3."""
@@ -458,5 +329,3 @@ def test_memory_can_be_changed_while_it_is_stopped_only_by_its_bytes():
         vm.mm.mmap(AddrRange(0x80_0000, 0x90_0000), READ_WRITE)
         with pytest.raises(StateError, match="remapped"):
             vm.run(timeout=0.02)
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,7 +12,10 @@ from kvmmm.pagetables import MemoryTableAllocator, PageTables
 from kvmmm.pagetables.pte import flags_of
 from kvmmm.platform.kvm import abi, boot, memslot
 from kvmmm.platform.kvm.vm import Vm
-from kvmmm.safemem.ffi import ffi
+from kvmmm.safemem.ffi import ffi, lib
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 MEMORY = 2 << 20
 TABLES, GDT, IDT, TSS, STUBS = 0x1_0000, 0x2000, 0x3000, 0x4000, 0x5000
@@ -25,7 +28,7 @@ SECOND = 1_000_000_000
 
 
 class Rig:
-    """Memory, tables and a vCPU that starts at CODE in ring 0 (or 3).
+    """Memory, tables and a vCPU that starts at CODE in ring 0 (or 3); ports 0xb0, 0xb1 are exits.
 
     Attributes:
         memory: Guest-physical [0, MEMORY), as a memoryview.
@@ -40,6 +43,8 @@ class Rig:
         self._build_tables()
         self.memory[CODE : CODE + len(code)] = code
         self.vcpu = self.vm.create_vcpu()
+        for port in (0xB0, 0xB1):
+            self.vcpu.set_port(port, lib.KVMMM_PORT_KIND_EXIT, None)
         self.layout = boot.BootLayout(
             root_gpa=TABLES, gdt_gpa=GDT, idt_gpa=IDT, tss_gpa=TSS, stubs_gpa=STUBS,
             ist_top_gpa=IST_TOP,

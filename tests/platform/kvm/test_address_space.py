@@ -44,7 +44,7 @@ def fr(start_page: int, n_pages: int) -> FileRange:
 
 
 @pytest.fixture
-def space(kernel: Kernel) -> MemslotAddressSpace:
+def space(kernel: Kernel) -> MemslotAddressSpace:  # noqa: ARG001 - where its slots go
     return make_space(64)
 
 
@@ -81,7 +81,13 @@ class TestMapFile:
         before = dict(kernel.slots)
         space.map_file(4 * PAGE, FILE, fr(14, 10), READ_WRITE)
         assert before.items() <= kernel.slots.items()
-        assert slots(kernel) == [(4, 2, 14, 0), (6, 2, 16, 0), (8, 2, 18, 0), (10, 2, 20, 0), (12, 2, 22, 0)]
+        assert slots(kernel) == [
+            (4, 2, 14, 0),
+            (6, 2, 16, 0),
+            (8, 2, 18, 0),
+            (10, 2, 20, 0),
+            (12, 2, 22, 0),
+        ]
 
     def test_all_there_is_nothing_to_do(self, space: MemslotAddressSpace, kernel: Kernel):
         space.map_file(4 * PAGE, FILE, fr(14, 10), READ_WRITE)
@@ -130,7 +136,8 @@ class TestUnmap:
 
 
 class TestMerging:
-    def test_windows_grow_as_slots_run_out(self, kernel: Kernel):
+    @pytest.mark.usefixtures("kernel")
+    def test_windows_grow_as_slots_run_out(self):
         vm = SimpleNamespace(memslots=MemslotTable(-1, 8), vcpus=[])
         space = MemslotAddressSpace(vm, 64 << 20)  # type: ignore[arg-type]
         sizes = []
@@ -176,7 +183,8 @@ class TestMerging:
         space._merge_neighbours()
         assert slots(kernel) == [(0, 2, 0, READONLY), (2, 2, 2, 0), (4, 1, 9, 0), (7, 1, 12, 0)]
 
-    def test_without_a_free_slot_all_are_dropped(self, kernel: Kernel):
+    @pytest.mark.usefixtures("kernel")
+    def test_without_a_free_slot_all_are_dropped(self):
         """A translation is a cache: what is asked for last is there, the rest faults again."""
         space = make_space(8)
         for page in range(0, 64, 2):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from construct import BitsInteger, BitStruct, Bytewise, ByteSwapped, Flag, Nibble
+from construct import BitsInteger, BitStruct, ByteSwapped, Flag, Nibble
 
 from kvmmm.platform.kvm import boot
 from kvmmm.safemem.ffi import ffi, lib
@@ -24,12 +24,11 @@ DESCRIPTOR = ByteSwapped(
 # SDM Vol. 3A figure 6-8: a gate of the IDT.
 GATE = ByteSwapped(
     BitStruct(
-        "zero" / BitsInteger(32), "offset_high" / BitsInteger(32), "offset_middle" / BitsInteger(16),
-        "p" / Flag, "dpl" / BitsInteger(2), "s" / Flag, "type" / Nibble, "zero2" / BitsInteger(5),
+        "zero" / BitsInteger(32), "offset_high" / BitsInteger(32),
+        "offset_middle" / BitsInteger(16), "p" / Flag, "dpl" / BitsInteger(2), "s" / Flag, "type" / Nibble, "zero2" / BitsInteger(5),
         "ist" / BitsInteger(3), "selector" / BitsInteger(16), "offset_low" / BitsInteger(16),
     )
 )  # fmt: skip
-assert Bytewise  # construct is imported as a reader only
 
 TSS_GPA = 0x12_3456_7000
 
@@ -87,7 +86,9 @@ class TestTss:
         assert start == 104
         assert tss[-1] == 0xFF  # SDM Vol. 1 19.5.2
         opened = {
-            port for port in range((len(tss) - start) * 8) if not tss[start + port // 8] >> port % 8 & 1
+            port
+            for port in range((len(tss) - start) * 8)
+            if not tss[start + port // 8] >> port % 8 & 1
         }
         assert opened == set(boot.OPEN_PORTS)
 
@@ -123,7 +124,8 @@ class TestIdt:
             assert boot.STUBS[4 * vector : 4 * vector + 2] == bytes([0xE6, lib.KVMMM_PORT_TRAP])
 
     @pytest.mark.parametrize(
-        ("offset", "vector"), [(0, 0), (2, 0), (1, None), (3, None), (56, 14), (58, 14), (1024, None)]
+        ("offset", "vector"),
+        [(0, 0), (2, 0), (1, None), (3, None), (56, 14), (58, 14), (1024, None)],
     )
     def test_vector_of_stub(self, offset: int, vector: int | None):
         """At an OUT rip is on it (VMX, SVM) or past it: two addresses a stub."""
@@ -251,5 +253,7 @@ def test_exceptions_of_ring_3_leave_through_their_stub(
 
 
 def test_xcrs_with_avx():
-    nr_xcrs, flags, xcr, reserved, value = struct.unpack_from("<IIIIQ", ffi.buffer(boot.xcrs_with_avx()))
+    nr_xcrs, flags, xcr, reserved, value = struct.unpack_from(
+        "<IIIIQ", ffi.buffer(boot.xcrs_with_avx())
+    )
     assert (nr_xcrs, flags, xcr, reserved, value) == (1, 0, 0, 0, 7)

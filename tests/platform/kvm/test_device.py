@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def open_fds() -> list[str]:
-    return sorted(os.listdir("/proc/self/fd"))
+    return sorted(fd.name for fd in Path("/proc/self/fd").iterdir())
 
 
 def test_missing(tmp_path: Path):

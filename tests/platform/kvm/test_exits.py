@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -60,9 +60,7 @@ def test_another_reason_has_a_name(reason: int, name: str):
 
 def internal_error(suberror: int, *words: int) -> exits.InternalErrorExit:
     data = list(words) + [0] * (16 - len(words))
-    exit_ = decoded(
-        abi.KVM_EXIT_INTERNAL_ERROR, struct.pack("<II16Q", suberror, len(words), *data)
-    )
+    exit_ = decoded(abi.KVM_EXIT_INTERNAL_ERROR, struct.pack("<II16Q", suberror, len(words), *data))
     assert isinstance(exit_, exits.InternalErrorExit)
     return exit_
 
@@ -119,7 +117,7 @@ class TestOnKvm:
         assert isinstance(exits.decode(one.vcpu, one.once()), exits.ShutdownExit)
 
     @pytest.mark.parametrize("ring", [0, 3])
-    def test_an_instruction_that_kvm_does_not_emulate(self, run, ring: int):
+    def test_an_instruction_that_kvm_does_not_emulate(self, run: Any, ring: int):
         """Fld on memory without a slot: x87 is not what KVM's emulator is for."""
         code = Code().mov("rbx", ABSENT)
         at = CODE + code.here

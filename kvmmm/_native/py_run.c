@@ -1,0 +1,168 @@
+/* py_run.c: VcpuCore.run and once, the Python face of run.c.
+ *
+ * The loop stays in C: Python is called for the exits that need it, by the handlers set on the object,
+ * and a handler's answer other than None ends the run and becomes its result. The GIL is released
+ * around KVM_RUN only.
+ */
+#include "py.h"
+
+/* An IN handler's answer goes to the guest; None reads as ones, like a port where nobody is. */
+static int answer_in(struct kvm_run *run, PyObject *answer)
+{
+    uint64_t value = UINT64_MAX;
+    if (answer != Py_None) {
+        value = PyLong_AsUnsignedLongLongMask(answer);
+        if (value == UINT64_MAX && PyErr_Occurred())
+            return -1;
+    }
+    uint8_t *data = (uint8_t *)run + run->io.data_offset;
+    for (uint32_t i = 0; i < run->io.count; i++)
+        memcpy(data + i * run->io.size, &value, run->io.size);
+    return 0;
+}
+
+static PyObject *call_value_handler(struct py_vcpu *self, PyObject *handler, PyObject *number)
+{
+    struct kvm_run *run = self->v->run;
+    if (run->io.direction == KVM_EXIT_IO_IN) {
+        PyObject *answer = PyObject_CallFunctionObjArgs(handler, number, Py_None, NULL);
+        if (!answer)
+            return NULL;
+        int rc = answer_in(run, answer);
+        Py_DECREF(answer);
+        return rc ? NULL : Py_NewRef(Py_None);
+    }
+    PyObject *result = Py_NewRef(Py_None);
+    for (uint32_t i = 0; i < run->io.count && result == Py_None; i++) {
+        uint32_t bits = 0;
+        memcpy(&bits, (uint8_t *)run + run->io.data_offset + i * run->io.size, run->io.size);
+        PyObject *value = PyLong_FromUnsignedLong(bits);
+        Py_DECREF(result);
+        if (!value)
+            return NULL;
+        result = PyObject_CallFunctionObjArgs(handler, number, value, NULL);
+        Py_DECREF(value);
+    }
+    return result;
+}
+
+static PyObject *call_port_handler(struct py_vcpu *self)
+{
+    struct kvmmm_port *port = &self->v->ports[self->v->port_index];
+    PyObject *exit = NULL, *handler = port->handler, *result;
+    if (port->kind == KVMMM_PORT_KIND_VALUE && handler) {
+        PyObject *number = Py_NewRef(self->port_numbers[self->v->port_index]);
+        Py_INCREF(handler);
+        result = call_value_handler(self, handler, number);
+        Py_DECREF(handler);
+        Py_DECREF(number);
+        return result;
+    }
+    exit = py_io_exit_of(self);
+    if (!exit || !handler)
+        return exit; /* nobody to ask: the exit itself ends the run */
+    Py_INCREF(handler);
+    result = PyObject_CallFunctionObjArgs(handler, exit, NULL);
+    Py_DECREF(handler);
+    Py_DECREF(exit);
+    return result;
+}
+
+static PyObject *call_or_return(PyObject *handler, PyObject *exit)
+{
+    if (!exit || !handler || handler == Py_None)
+        return exit;
+    Py_INCREF(handler); /* it may put another in its place */
+    PyObject *result = PyObject_CallFunctionObjArgs(handler, exit, NULL);
+    Py_DECREF(handler);
+    Py_DECREF(exit);
+    return result;
+}
+
+static PyObject *call_console_handler(struct py_vcpu *self)
+{
+    PyObject *handler = self->on_console;
+    if (!handler || handler == Py_None)
+        return Py_NewRef(Py_None);
+    Py_INCREF(handler);
+    PyObject *result = PyObject_CallNoArgs(handler);
+    Py_DECREF(handler);
+    return result;
+}
+
+/* KVM_RUN itself failed: IoctlError, which the layer above us defines and everybody above expects. */
+static PyObject *raise_run_failed(struct kvmmm_vcpu *v, int err)
+{
+    PyObject *errors = PyImport_ImportModule("kvmmm.errors");
+    PyObject *type = errors ? PyObject_GetAttrString(errors, "IoctlError") : NULL;
+    PyObject *error = type ? PyObject_CallFunction(type, "ssi", "KVM_RUN", "", err) : NULL;
+    if (error)
+        PyErr_SetObject(type, error);
+    Py_XDECREF(error);
+    Py_XDECREF(type);
+    Py_XDECREF(errors);
+    return NULL;
+}
+
+static PyObject *serve_event(struct py_vcpu *self, int event)
+{
+    struct kvmmm_vcpu *v = self->v;
+    switch (event) {
+    case KVMMM_EV_IO:
+        return call_port_handler(self);
+    case KVMMM_EV_MMIO:
+        return call_or_return(self->on_mmio, py_mmio_exit_of(self));
+    case KVMMM_EV_CONSOLE:
+        kvmmm_vcpu_poll_console(v);
+        return call_console_handler(self);
+    case KVMMM_EV_STOPPED:
+        return PyLong_FromLong(-(long)v->stop_reason);
+    case KVMMM_EV_TICK:
+        if (PyErr_CheckSignals())
+            return NULL;
+        return kvmmm_vcpu_console_tick(v) ? call_console_handler(self) : Py_NewRef(Py_None);
+    case KVMMM_EV_COLD:
+        return call_or_return(self->on_cold, PyLong_FromUnsignedLong(v->run->exit_reason));
+    default:
+        return raise_run_failed(v, -event);
+    }
+}
+
+/* run(timeout_ns): until a handler answers something. once(timeout_ns): the next exit, unhandled by
+ * Python. Both return IoExit, MmioExit, a handler's answer, an exit reason, or -enum kvmmm_stop. */
+static PyObject *run_until(PyObject *op, PyObject *timeout, bool once)
+{
+    struct py_vcpu *self = (struct py_vcpu *)op;
+    struct kvmmm_vcpu *v = py_vcpu_state(self);
+    long long timeout_ns = PyLong_AsLongLong(timeout);
+    if (!v || (timeout_ns == -1 && PyErr_Occurred()))
+        return NULL;
+    if (atomic_load(&v->tid)) {
+        PyErr_SetString(PyExc_RuntimeError, "the vCPU is running already");
+        return NULL;
+    }
+    self->handler_failed = false;
+    int rc = kvmmm_vcpu_begin(v, timeout_ns);
+    PyObject *result = rc ? py_raise_errno(-rc) : Py_NewRef(Py_None);
+    while (result == Py_None) {
+        int event;
+        Py_BEGIN_ALLOW_THREADS
+        event = kvmmm_vcpu_enter(v);
+        Py_END_ALLOW_THREADS
+        Py_DECREF(result);
+        if (once && event == KVMMM_EV_IO)
+            result = py_io_exit_of(self);
+        else if (once && event == KVMMM_EV_MMIO)
+            result = py_mmio_exit_of(self);
+        else if (once && event == KVMMM_EV_COLD)
+            result = PyLong_FromUnsignedLong(v->run->exit_reason);
+        else
+            result = serve_event(self, event);
+        self->handler_failed = !result && event != KVMMM_EV_TICK && event > 0;
+    }
+    kvmmm_vcpu_end(v);
+    return result;
+}
+
+PyObject *py_vcpu_run(PyObject *op, PyObject *timeout) { return run_until(op, timeout, false); }
+PyObject *py_vcpu_once(PyObject *op, PyObject *timeout) { return run_until(op, timeout, true); }
