@@ -76,7 +76,9 @@ class Session:
             vm.load(self.image, rwx=self.rwx, args=self.args)
             with Interruption(vm.stop, output.give_up) as interruption:
                 run_result = _run(vm, timeout_ns)
-            run_result.stats = run_result.stats or vm.statistics()
+            if run_result.stats is None:  # after Ctrl-C
+                run_result.defer_stats(vm.statistics)
+                run_result.settle()
         if output.is_terminal and (output.is_mid_line or interruption.signal_name == "SIGINT"):
             click.echo(err=True)  # our first line must not continue the guest's last, or ^C
         if run_result.report:

@@ -53,19 +53,3 @@ def handle_user_fault(mm: MemoryManager, addr: int, access: int) -> None:
             counters.refused += 1
             raise
         mm.address_space.map_file(start, pma.file, pma.file_range(start, end), vma.effective_perms)
-
-
-def map_resident(mm: MemoryManager) -> None:
-    """Map every pma, so that what a loader has filled does not fault one range at a time.
-
-    Source:
-        gVisor mm.mapASLocked, over everything.
-    """
-    with mm.mapping_lock, mm.active_lock:
-        for vma_start, vma_end, vma in list(mm.vmas):
-            if not vma.effective_perms:
-                continue
-            for pma_start, pma_end, pma in list(mm.pmas.segments(vma_start, vma_end)):
-                start, end = max(pma_start, vma_start), min(pma_end, vma_end)
-                fr = pma.file_range(start, end)
-                mm.address_space.map_file(start, pma.file, fr, vma.effective_perms)

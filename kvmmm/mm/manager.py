@@ -82,12 +82,12 @@ class MemoryManager:
             self.home = pma.Home(self.arena, reservation, 0)
 
     mmap = mapping.mmap
+    mmap_all = mapping.mmap_all
     munmap = mapping.munmap
     mprotect = mapping.mprotect
     populate = mapping.populate
 
     handle_user_fault = fault.handle_user_fault
-    map_resident = fault.map_resident
 
     copy_in = io.copy_in
     copy_out = io.copy_out

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kvmmm.errors import GuestFaultError, RangeError
 from kvmmm.hostarch.access import ANY_ACCESS, READ
+from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.mm import pma as pmas
 from kvmmm.mm.vma import Vma
 
 if TYPE_CHECKING:
-    from kvmmm.hostarch.ranges import AddrRange
+    from collections.abc import Sequence
+
     from kvmmm.mm.manager import MemoryManager
 
 
@@ -33,6 +36,28 @@ def mmap(mm: MemoryManager, ar: AddrRange, perms: int, name: str = "") -> None:
     with mm.mapping_lock:
         _remove_locked(mm, ar)
         mm.vmas.insert(ar.start, ar.end, Vma(perms, name))
+        mm.generation += 1
+
+
+def mmap_all(mm: MemoryManager, mappings: Sequence[tuple[int, int, int, str]]) -> None:
+    """Map private anonymous memory at several places at once, where nothing is mapped yet.
+
+    Args:
+        mm: The address space.
+        mappings: (start, end, perms, name) of each; see `mmap`.
+
+    Raises:
+        RangeError: A range is malformed, or overlaps something. Nothing was changed.
+    """
+    for start, end, perms, _name in mappings:
+        _check_range(mm, AddrRange(start, end), perms)
+    with mm.mapping_lock:
+        new = sorted((start, end) for start, end, _, _ in mappings)
+        overlaps = any(a[1] > b[0] for a, b in pairwise(new))
+        if overlaps or any(next(mm.vmas.segments(*ar), None) for ar in (new if mm.vmas else ())):
+            raise RangeError(new[0][0], new[-1][1], "these mappings overlap, or something is there")
+        for start, end, perms, name in mappings:
+            mm.vmas.insert(start, end, Vma(perms, name))
         mm.generation += 1
 
 

@@ -2,7 +2,7 @@
 
     bundled.py           the guests that come with kvmmm
     image.py, elf.py     what a guest file holds, checked before any VM exists
-    system_area.py       kvmmm's own pages in a guest: boot info, rings, IDT, GDT, TSS, stubs, tables
+    system_area.py       kvmmm's own pages: boot info, rings, IDT, GDT, TSS, stubs, tables
     microvm.py           MicroVM: load, run, stop, close
     exit_handler.py      what each exit means: EPT violations, traps, console, exit status
     emulation.py         instructions that KVM could not emulate, made restartable

@@ -22,7 +22,15 @@ from kvmmm.vmm.image import Image, read_image
 from kvmmm.vmm.result import RunResult
 from kvmmm.vmm.statistics import RunStatistics
 from kvmmm.vmm.stop_report import StopReporter
-from kvmmm.vmm.system_area import OUTPUT_BYTES, OUTPUT_OFFSET, SystemArea, system_area_bytes
+from kvmmm.vmm.system_area import (
+    IMAGE_NAME,
+    MEMORY_NAME,
+    OUTPUT_BYTES,
+    OUTPUT_OFFSET,
+    SystemArea,
+    cpu_features,
+    system_area_bytes,
+)
 
 if TYPE_CHECKING:
     import os
@@ -75,6 +83,7 @@ class MicroVM:
         self._image: Image | None = None
         self._tables_generation = -1
         self._has_ended = False
+        self._last_result: RunResult | None = None
         self.memory_bytes = align_up(parse_bytes(memory), HUGE_PAGE_BYTES)
         area_start = align_up(self.memory_bytes, HUGE_PAGE_BYTES)
         if HOLE.start <= area_start < HOLE.end:
@@ -148,37 +157,29 @@ class MicroVM:
             raise StateError("this VM has a guest: make another MicroVM for another image")
         if not isinstance(image, Image):
             image = read_image(image, memory_bytes=self.memory_bytes, base=base, rwx=rwx)
-        for start, end in _free_of_hole(PAGE_BYTES, self.memory_bytes):
-            self.mm.mmap(AddrRange(start, end), READ_WRITE, "[memory]")
         ranges = image.page_ranges()
-        for start, end, perms in ranges:
-            self.mm.mmap(AddrRange(start, end), ANY_ACCESS if rwx else perms, "[image]")
+        if rwx:
+            ranges = [(start, end, ANY_ACCESS) for start, end, _ in ranges]
+        memory_map = _memory_map(ranges, self.memory_bytes)
+        self.mm.mmap_all(memory_map)
+        for start, end, perms, name in memory_map:
+            if name == IMAGE_NAME and perms:
+                self.mm.populate(AddrRange(start, end))
         for segment in image.segments:
             self.mm.copy_out(segment.start, image.contents(segment), ignore_permissions=True)
-        self._enter(image, ranges, " ".join(args))
+        self._enter(image, memory_map, " ".join(args))
         self._image = image
 
-    def _enter(self, image: Image, ranges: list[tuple[int, int, int]], command_line: str) -> None:
+    def _enter(
+        self, image: Image, memory_map: list[tuple[int, int, int, str]], command_line: str
+    ) -> None:
+        ram_ends = [end for _, end, _, name in memory_map if name == MEMORY_NAME]
+        stack_top = ram_ends[-1] if ram_ends else memory_map[-1][1]
         trial = self.vcpu.trial
-        features = lib.KVMMM_CPU_SSE
-        features |= lib.KVMMM_CPU_AVX if trial.has_avx else 0
-        features |= lib.KVMMM_CPU_FSGSBASE if trial.has_fsgsbase else 0
-        features |= lib.KVMMM_CPU_1GIB if self.vm.device.cpuid.has_giant_pages else 0
-        regions = [
-            (
-                start,
-                end,
-                lib.KVMMM_REGION_IMAGE if vma.name == "[image]" else lib.KVMMM_REGION_RAM,
-                vma.perms,
-            )
-            for start, end, vma in self.mm.vmas
-        ]
-        regions.append((self.area.start, self.area.end, lib.KVMMM_REGION_SYSTEM, READ_WRITE))
-        ram_ends = [end for _, end, kind, _ in regions if kind == lib.KVMMM_REGION_RAM]
-        stack_top = max(ram_ends, default=ranges[-1][1])
         self.area.write_boot_info(
-            regions, command_line, self.memory_bytes, stack_top, features, self.vcpu.tsc_hz()
-        )
+            memory_map, command_line, self.memory_bytes, stack_top,
+            cpu_features(trial, giant_pages=self.vm.device.cpuid.has_giant_pages), trial.tsc_hz,
+        )  # fmt: skip
         regs = self.vcpu.regs
         regs.rip = image.entry
         regs.rsp = stack_top
@@ -211,6 +212,7 @@ class MicroVM:
         if self.vcpu.thread_id:
             raise StateError("this VM is running already")
         timeout_ns = parse_duration_ns(timeout) if timeout is not None else 0
+        self._settle()
         self._refresh_tables()
         self._reporter.begin_run()
         try:
@@ -234,17 +236,23 @@ class MicroVM:
         self._console.drain()
         result.console = self._console.take_output()
         result.tests = self.area.test_report()
-        result.stats = self.statistics()
+        result.defer_stats(self.statistics)
+        self._last_result = result
         return result
 
+    def _settle(self) -> None:
+        """Have the last result's statistics taken, before anything changes them."""
+        if self._last_result is not None:
+            self._last_result.settle()
+            self._last_result = None
+
     def _refresh_tables(self) -> None:
-        """Build the boot tables when vmas have changed, and map what is resident."""
+        """Build the boot tables from the vmas."""
         if self._tables_generation == self.mm.generation:
             return
         if self._tables_generation >= 0:
             raise StateError("guest memory was remapped after the first run: not supported yet")
         self.area.build_tables((start, end, vma.perms) for start, end, vma in self.mm.vmas)
-        self.mm.map_resident()
         self.vcpu.load_boot_state(self.area.layout())
         self._tables_generation = self.mm.generation
 
@@ -291,6 +299,8 @@ class MicroVM:
             StateError: The guest is running.
             BufferError: A memoryview of guest memory is still held.
         """
+        if self._closers:
+            self._settle()
         while self._closers:
             self._closers[-1]()
             self._closers.pop()
@@ -306,6 +316,22 @@ class MicroVM:
             self.close()
 
 
-def _free_of_hole(start: int, end: int) -> list[tuple[int, int]]:
-    pieces = [(start, min(end, HOLE.start)), (max(start, HOLE.end), end)]
-    return [(a, b) for a, b in pieces if a < b]
+def _memory_map(
+    image_ranges: list[tuple[int, int, int]], memory_bytes: int
+) -> list[tuple[int, int, int, str]]:
+    """Return (start, end, perms, name) of all guest memory: the image, and RAM wherever else.
+
+    Page 0 is nobody's, nor is `HOLE`.
+    """
+    taken = [*image_ranges, (HOLE.start, HOLE.end, 0)]
+    found = []
+    addr = PAGE_BYTES
+    for start, end, perms in sorted(taken):
+        if addr < min(start, memory_bytes):
+            found.append((addr, min(start, memory_bytes), READ_WRITE, MEMORY_NAME))
+        if start != HOLE.start:
+            found.append((start, end, perms, IMAGE_NAME))
+        addr = max(addr, end)
+    if addr < memory_bytes:
+        found.append((addr, memory_bytes, READ_WRITE, MEMORY_NAME))
+    return found

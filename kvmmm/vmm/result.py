@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from kvmmm import errors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmmm.vmm.statistics import RunStatistics
 
 EXITED = "exited"
@@ -41,10 +43,9 @@ class RunResult:
         console: What the guest printed in this run; empty when a sink was given.
         addr: Guest address of a fault; None otherwise.
         tests: (passed, failed) as the guest reported them.
-        stats: Counts of exits, faults, pages, slots; times where they were asked for.
     """
 
-    __slots__ = ("addr", "console", "outcome", "report", "stats", "status", "tests")
+    __slots__ = ("_stats", "_take_stats", "addr", "console", "outcome", "report", "status", "tests")
 
     def __init__(
         self, outcome: str, *, status: int | None = None, report: str = "", addr: int | None = None
@@ -55,7 +56,24 @@ class RunResult:
         self.addr = addr
         self.console = b""
         self.tests = (0, 0)
-        self.stats: RunStatistics | None = None
+        self._stats: RunStatistics | None = None
+        self._take_stats: Callable[[], RunStatistics] | None = None
+
+    @property
+    def stats(self) -> RunStatistics | None:
+        """Counts and times as they were when the run ended, gathered when first asked for."""
+        self.settle()
+        return self._stats
+
+    def defer_stats(self, take: Callable[[], RunStatistics]) -> None:
+        """Have `take` called for `stats`; whoever changes what it counts calls `settle` first."""
+        self._take_stats = take
+
+    def settle(self) -> None:
+        """Gather the statistics now, if that has not been done."""
+        if self._take_stats is not None:
+            self._stats = self._take_stats()
+            self._take_stats = None
 
     @property
     def ok(self) -> bool:

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from kvmmm.arena import Arena
     from kvmmm.hostarch.ranges import FileRange
     from kvmmm.pagetables.image import TableImage
+    from kvmmm.platform.kvm.trial import Trial
+
+MEMORY_NAME, IMAGE_NAME = "[memory]", "[image]"
+"""Names of guest memory's vmas: free for the guest, or a loaded segment."""
 
 CONSOLE_OFFSET = 0x0
 REPORT_OFFSET = 0x100
@@ -192,51 +196,42 @@ class SystemArea:
     # ---- what the guest reads ----
 
     def write_boot_info(
-        self, regions: list[tuple[int, int, int, int]], command_line: str, memory_bytes: int,
-        stack_top: int, cpu_features: int, tsc_hz: int,
+        self, memory_map: list[tuple[int, int, int, str]], command_line: str, memory_bytes: int,
+        stack_top: int, features: int, tsc_hz: int,
     ) -> None:  # fmt: skip
         """Fill in struct kvmmm_boot_info and what it points to.
 
         Args:
-            regions: (start, end, kind, flags) of struct kvmmm_region, ascending.
+            memory_map: (start, end, perms, name) of all guest memory, ascending; the area is added.
             command_line: Handed to the guest as NUL-terminated UTF-8.
             memory_bytes: What the boot tables map.
             stack_top: Initial stack pointer.
-            cpu_features: KVMMM_CPU_* bits.
+            features: KVMMM_CPU_* bits.
             tsc_hz: TSC frequency, or 0.
 
         Raises:
             ImageError: The command line and the memory map do not fit.
         """
-        view = self._view
-        offset = REGIONS_OFFSET
-        for region in regions:
-            if offset + _REGION.size > IDT_OFFSET:
-                raise ImageError("memory map", f"{len(regions)} ranges are too many to list")
-            _REGION.pack_into(view, offset, *region)
-            offset += _REGION.size
+        regions = b"".join(
+            _REGION.pack(start, end, _REGION_IMAGE if name == IMAGE_NAME else _REGION_RAM, perms)
+            for start, end, perms, name in memory_map
+        ) + _REGION.pack(self.start, self.end, _REGION_SYSTEM, READ_WRITE)
         text = command_line.encode() + b"\0"
-        if offset + len(text) > IDT_OFFSET:
-            room = IDT_OFFSET - REGIONS_OFFSET - len(regions) * _REGION.size - 1
-            raise ImageError("command line", f"{len(text) - 1} bytes are too many: {room} fit")
-        view[offset : offset + len(text)] = text
-        info = ffi.cast("struct kvmmm_boot_info *", self.hva + BOOT_INFO_OFFSET)
-        info.magic = lib.KVMMM_ABI_MAGIC
-        info.version = lib.KVMMM_ABI_VERSION
-        info.struct_bytes = _BOOT_INFO_BYTES
-        info.memory_bytes = memory_bytes
-        info.regions = self.start + REGIONS_OFFSET
-        info.n_regions = len(regions)
-        info.cmdline = self.start + offset
-        info.cmdline_bytes = len(text) - 1
-        info.console = self.start + CONSOLE_OFFSET
-        info.report = self.start + REPORT_OFFSET
-        info.stack_top = stack_top
-        info.cpu_features = cpu_features
-        info.tsc_hz = tsc_hz
+        room = IDT_OFFSET - REGIONS_OFFSET - len(regions)
+        if len(text) > room:
+            reason = f"{len(text) - 1} bytes are too many: {max(room - 1, 0)} fit"
+            raise ImageError("command line", reason)
+        view, start = self._view, self.start
+        text_offset = REGIONS_OFFSET + len(regions)
+        view[REGIONS_OFFSET : text_offset + len(text)] = regions + text
+        _BOOT_INFO.pack_into(
+            view, BOOT_INFO_OFFSET, _ABI_MAGIC, _ABI_VERSION, _BOOT_INFO.size, memory_bytes,
+            start + REGIONS_OFFSET, len(memory_map) + 1, len(text) - 1, start + text_offset,
+            start + CONSOLE_OFFSET, start + REPORT_OFFSET, stack_top, features, tsc_hz,
+        )  # fmt: skip
         _CONSOLE_HEAD.pack_into(
-            view, CONSOLE_OFFSET, self.start + OUTPUT_OFFSET, self.start + INPUT_OFFSET,
-            OUTPUT_BYTES, INPUT_BYTES,
+            view, CONSOLE_OFFSET, start + OUTPUT_OFFSET, start + INPUT_OFFSET, OUTPUT_BYTES,
+            INPUT_BYTES,
         )  # fmt: skip
 
     def _console(self) -> Any:  # noqa: ANN401 - a cffi struct
@@ -287,4 +282,17 @@ _table_images: dict[object, TableImage] = {}
 """Boot tables by what they map. A pure cache: a race builds one twice."""
 
 _EMPTY_TABLE = memoryview(bytes(PAGE_BYTES)).cast("Q")
-_BOOT_INFO_BYTES = ffi.sizeof("struct kvmmm_boot_info")
+
+# struct kvmmm_boot_info, field by field; a test holds it to the compiler's layout.
+_BOOT_INFO = struct.Struct("<QIIQQIIQQQQQQ")
+_ABI_MAGIC, _ABI_VERSION = lib.KVMMM_ABI_MAGIC, lib.KVMMM_ABI_VERSION
+_REGION_RAM, _REGION_IMAGE = lib.KVMMM_REGION_RAM, lib.KVMMM_REGION_IMAGE
+_REGION_SYSTEM = lib.KVMMM_REGION_SYSTEM
+
+
+def cpu_features(trial: Trial, *, giant_pages: bool) -> int:
+    """Return the KVMMM_CPU_* bits of what a guest can use."""
+    features = lib.KVMMM_CPU_SSE
+    features |= lib.KVMMM_CPU_AVX if trial.has_avx else 0
+    features |= lib.KVMMM_CPU_FSGSBASE if trial.has_fsgsbase else 0
+    return features | (lib.KVMMM_CPU_1GIB if giant_pages else 0)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmmm.errors import GuestFaultError
+from kvmmm.errors import GuestFaultError, RangeError
 from kvmmm.hostarch.access import EXECUTE, NO_ACCESS, READ, READ_EXECUTE, READ_WRITE, WRITE
 from kvmmm.hostarch.ranges import AddrRange
 from tests.mm.conftest import HUGE
@@ -102,16 +102,30 @@ def test_a_pma_over_two_vmas_is_mapped_in_parts(make: Make):
     assert min(set(setup.space.pages) - {n * PAGE for n in range(8, 16)}) == 16 * PAGE
 
 
-def test_map_resident_maps_what_is_backed_and_nothing_else(make: Make):
+def test_what_is_populated_does_not_fault_and_is_no_larger(make: Make):
     setup = make()
     setup.mm.mmap(AddrRange(0, 4 * HUGE), READ_WRITE)
     setup.mm.mmap(AddrRange(4 * PAGE, 8 * PAGE), READ_EXECUTE)
-    setup.mm.mmap(AddrRange(HUGE, HUGE + PAGE), NO_ACCESS)
+    setup.mm.populate(AddrRange(4 * PAGE, 8 * PAGE))
     setup.mm.copy_out(5 * PAGE, b"code", ignore_permissions=True)
-    setup.mm.copy_out(HUGE, b"none", ignore_permissions=True)
-    assert setup.space.pages == {}
-    setup.mm.map_resident()
     assert setup.space.load(5 * PAGE, 4, EXECUTE) == b"code"
     assert setup.mm.counters.faults == 0
-    assert HUGE not in setup.space.pages
     assert set(setup.space.pages) == {n * PAGE for n in range(4, 8)}
+    setup.mm.mmap(AddrRange(HUGE, HUGE + PAGE), NO_ACCESS)
+    with pytest.raises(GuestFaultError) as caught:
+        setup.mm.populate(AddrRange(HUGE - PAGE, HUGE + PAGE))
+    assert (caught.value.addr, caught.value.done) == (HUGE, PAGE)
+
+
+def test_several_mappings_at_once_are_all_or_nothing(make: Make):
+    setup = make()
+    setup.mm.mmap_all([(0, PAGE, READ, "a"), (2 * PAGE, 4 * PAGE, READ_WRITE, "b")])
+    before = list(setup.mm.vmas)
+    for bad in (
+        [(PAGE, 2 * PAGE, READ, ""), (3 * PAGE, 5 * PAGE, READ, "")],  # something is there
+        [(8 * PAGE, 10 * PAGE, READ, ""), (9 * PAGE, 11 * PAGE, READ, "")],  # with each other
+        [(8 * PAGE, 9 * PAGE, READ, ""), (12 * PAGE, 12 * PAGE + 1, READ, "")],  # unaligned
+    ):
+        with pytest.raises(RangeError):
+            setup.mm.mmap_all(bad)
+    assert list(setup.mm.vmas) == before

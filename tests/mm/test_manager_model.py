@@ -168,13 +168,6 @@ class Memory(RuleBasedStateMachine):
         for page in list(self.space.pages)[first::step]:
             del self.space.pages[page]
 
-    @rule()
-    def everything_resident_is_mapped(self) -> None:
-        self.mm.map_resident()
-        for start, end, _ in self.mm.pmas:
-            perms = self.model.pages[start][0]
-            assert not perms or self.space.is_mapped(start, READ), f"{start:#x}-{end:#x}"
-
     @invariant()
     def invariants_hold(self) -> None:
         if not hasattr(self, "mm"):

@@ -31,13 +31,23 @@ class Trial:
         has_avx: CR4.OSXSAVE and XCR0 = x87|SSE|AVX were taken.
         has_fsgsbase: CR4.FSGSBASE was taken.
         ports_open: Ring 3 can use a port through the TSS's I/O bitmap.
+        tsc_hz: The guest's TSC frequency; 0 where KVM does not say.
         tss_type: The type in TR that made it so. KVM_GET_SREGS may tell another (SVM: always busy).
         sregs: Special registers for 64-bit ring 0, lacking only table addresses; bytes.
         xcrs_hva: Address of a struct kvm_xcrs with XCR0 = 7.
     """
 
     __slots__ = (
-        *("_xcrs", "has_avx", "has_fsgsbase", "ports_open", "sregs", "tss_type", "xcrs_hva"),
+        *(
+            "_xcrs",
+            "has_avx",
+            "has_fsgsbase",
+            "ports_open",
+            "sregs",
+            "tsc_hz",
+            "tss_type",
+            "xcrs_hva",
+        ),
     )
 
     def __init__(self, device: Device) -> None:
@@ -46,6 +56,7 @@ class Trial:
         sregs = ffi.new("struct kvm_sregs *")
         with _Machine(device) as machine:
             machine.get_sregs(sregs)
+            self.tsc_hz = machine.tsc_hz()
             boot.fill_sregs(sregs)
             self.has_fsgsbase = machine.takes(sregs, boot.CR4_FSGSBASE)
             self.has_avx = machine.takes(sregs, boot.CR4_OSXSAVE) and machine.sets(self.xcrs_hva)
@@ -99,6 +110,10 @@ class _Machine:
         rc = ioctl(self._fd, abi.KVM_GET_SREGS, address_of(sregs))
         if rc < 0:
             raise IoctlError("KVM_GET_SREGS", "self-test", -rc)
+
+    def tsc_hz(self) -> int:
+        """Return the guest's TSC frequency; 0 where KVM does not say."""
+        return max(0, ioctl(self._fd, abi.KVM_GET_TSC_KHZ)) * 1000
 
     def takes(self, sregs: Any, cr4_bits: int) -> bool:  # noqa: ANN401 - a cffi struct
         """Set CR4 bits in `sregs`, and leave them there if KVM takes them."""

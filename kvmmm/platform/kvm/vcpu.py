@@ -133,10 +133,6 @@ class Vcpu(VcpuCore):
         """Whether the guest prints by ports (COM1, 0xe9)."""
         return bool(self.statistics()["legacy_bytes"])
 
-    def tsc_hz(self) -> int:
-        """Return the guest's TSC frequency; 0 where KVM does not say."""
-        return max(0, ioctl(self.fd, abi.KVM_GET_TSC_KHZ)) * 1000
-
     def run_bytes(self, length_bytes: int = 2048) -> bytes:
         """Return the start of kvm_run, for decoding a cold exit."""
         return bytes(ffi.buffer(ffi.cast("uint8_t *", self.run_hva), length_bytes))

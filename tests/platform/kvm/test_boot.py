@@ -25,8 +25,9 @@ DESCRIPTOR = ByteSwapped(
 GATE = ByteSwapped(
     BitStruct(
         "zero" / BitsInteger(32), "offset_high" / BitsInteger(32),
-        "offset_middle" / BitsInteger(16), "p" / Flag, "dpl" / BitsInteger(2), "s" / Flag, "type" / Nibble, "zero2" / BitsInteger(5),
-        "ist" / BitsInteger(3), "selector" / BitsInteger(16), "offset_low" / BitsInteger(16),
+        "offset_middle" / BitsInteger(16), "p" / Flag, "dpl" / BitsInteger(2), "s" / Flag,
+        "type" / Nibble, "zero2" / BitsInteger(5), "ist" / BitsInteger(3),
+        "selector" / BitsInteger(16), "offset_low" / BitsInteger(16),
     )
 )  # fmt: skip
 
