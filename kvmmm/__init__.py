@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from kvmmm.hostarch.access import ANY_ACCESS, EXECUTE, READ, READ_EXECUTE, READ_WRITE, WRITE
     from kvmmm.hostarch.ranges import AddrRange, FileRange
     from kvmmm.mm import MemoryManager
-    from kvmmm.vmm.image import Image, ImageNotFoundError, read_image
+    from kvmmm.vmm.image import Image, read_image
+    from kvmmm.vmm.image_file import ImageNotFoundError
     from kvmmm.vmm.microvm import MicroVM
     from kvmmm.vmm.result import RunResult
     from kvmmm.vmm.statistics import RunStatistics
@@ -82,7 +83,8 @@ _HOMES = {
     ),
     "kvmmm.hostarch.ranges": ("AddrRange", "FileRange"),
     "kvmmm.mm": ("MemoryManager",),
-    "kvmmm.vmm.image": ("Image", "ImageNotFoundError", "read_image"),
+    "kvmmm.vmm.image": ("Image", "read_image"),
+    "kvmmm.vmm.image_file": ("ImageNotFoundError",),
     "kvmmm.vmm.microvm": ("MicroVM",),
     "kvmmm.vmm.result": ("RunResult",),
     "kvmmm.vmm.statistics": ("RunStatistics",),

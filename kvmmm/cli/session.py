@@ -86,7 +86,7 @@ class Session:
         if shows_stats:
             from kvmmm.cli.summary import show_statistics
 
-            show_statistics(run_result.stats)
+            show_statistics(run_result.stats or vm.statistics())
         if json_file is not None:
             _write_json(json_file, self, run_result)
         click.echo(f"{_name(run_result)} {verdict(run_result, interruption.signal_name)}", err=True)

@@ -32,7 +32,6 @@ spares the CPU a locked write to the table.
     walker     one walk of a range through the levels, and runs of leaves
     edit       the three walks that write: map, unmap, protect
     scan       the two that read: one address, all leaves of a range
-    image      all tables as a value, for the next VM
     tables     `PageTables`, what everybody else uses
     dump       one line a run
 
@@ -61,7 +60,6 @@ Source: SDM Vol. 3A chapter 4; gVisor pkg/ring0/pagetables (decomposition, and w
 from __future__ import annotations
 
 from kvmmm.pagetables.allocator import MemoryTableAllocator, TableAllocator
-from kvmmm.pagetables.image import TableImage
 from kvmmm.pagetables.scan import MappedRun, Translation
 from kvmmm.pagetables.tables import PageTables
 
@@ -70,6 +68,5 @@ __all__ = [
     "MemoryTableAllocator",
     "PageTables",
     "TableAllocator",
-    "TableImage",
     "Translation",
 ]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Self
 from kvmmm.errors import RangeError, StateError
 from kvmmm.hostarch.addr import ADDRESS_LIMIT, PAGE_MASK
 from kvmmm.pagetables.edit import EditWalk, MapWalk, ProtectWalk, UnmapWalk
-from kvmmm.pagetables.image import TableImage, fill_from_image, take_image
 from kvmmm.pagetables.pte import (
     GPA_LIMIT,
     LEAF_FLAGS,
@@ -49,6 +48,7 @@ class PageTables:
         n_tables: Tables reachable now, the root included.
     """
 
+    _root: memoryview | None
     __slots__ = ("_allocator", "_retired", "_root", "_top_leaf_level", "n_tables", "root_gpa")
 
     def __init__(
@@ -69,6 +69,11 @@ class PageTables:
         Raises:
             ArenaExhaustedError: There is no page for the root.
         """
+        self._set_up(allocator, giant_pages, max_leaf_bytes)
+        self.root_gpa, self._root = allocator.allocate()
+        self.n_tables = 1
+
+    def _set_up(self, allocator: TableAllocator, giant_pages: bool, max_leaf_bytes: int) -> None:
         if max_leaf_bytes not in {PTE_SPAN_BYTES, PDE_SPAN_BYTES, PDPTE_SPAN_BYTES}:
             raise ValueError(f"a leaf has 4 KiB, 2 MiB or 1 GiB, not {max_leaf_bytes} bytes")
         self._allocator = allocator
@@ -78,43 +83,36 @@ class PageTables:
             self._top_leaf_level = 2
         # gpas of tables that are unlinked, and may still be walked.
         self._retired: list[int] = []
-        self.root_gpa, root = allocator.allocate()
+        self.root_gpa = 0
         # The root's entries; None once released.
-        self._root: memoryview | None = root
-        self.n_tables = 1
+        self._root = None
+        self.n_tables = 0
 
     @classmethod
-    def from_image(
+    def adopt(
         cls,
         allocator: TableAllocator,
-        image: TableImage,
+        root_gpa: int,
+        n_tables: int,
         *,
         giant_pages: bool = False,
         max_leaf_bytes: int = PDPTE_SPAN_BYTES,
     ) -> Self:
-        """Build tables that map what `image` maps: some microseconds, for VMs that begin alike.
+        """Take over tables that stand in the allocator's pages already: a copy of others, say.
 
         Args:
-            allocator: Where tables come from.
-            image: What `image` returned, of any tables.
+            allocator: Whose pages they are; it counts them as allocated.
+            root_gpa: Where the root is.
+            n_tables: How many there are, the root included.
             giant_pages: As for the constructor; for later calls of `map`.
             max_leaf_bytes: As for the constructor; for later calls of `map`.
-
-        Raises:
-            ArenaExhaustedError: There are not enough pages; none is kept.
         """
-        tables = cls(allocator, giant_pages=giant_pages, max_leaf_bytes=max_leaf_bytes)
-        try:
-            fill_from_image(image, allocator, tables.root_gpa, tables._live_root())
-        except BaseException:
-            tables.release()
-            raise
-        tables.n_tables = len(image.contents)
-        return tables
-
-    def image(self) -> TableImage:
-        """Return a copy of these tables that does not depend on where they lie."""
-        return take_image(self._allocator, self._live_root())
+        adopted = cls.__new__(cls)
+        adopted._set_up(allocator, giant_pages, max_leaf_bytes)  # noqa: SLF001 - our own
+        adopted.root_gpa = root_gpa
+        adopted._root = allocator.entries(root_gpa)  # noqa: SLF001
+        adopted.n_tables = n_tables
+        return adopted
 
     def map(self, gva: int, length_bytes: int, gpa: int, flags: int) -> bool:
         """Map [gva, gva + length_bytes) to [gpa, gpa + length_bytes), whatever was there before.

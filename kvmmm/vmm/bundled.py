@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvmmm.vmm.image import ImageNotFoundError
+from kvmmm.vmm.image_file import ImageNotFoundError
 
 _DIRECTORY = "_guests"
 _MANIFEST = "manifest.toml"

@@ -13,12 +13,10 @@ Under the boot tables a guest-virtual address is a guest-physical one, and guest
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from operator import attrgetter
 
-from kvmmm.errors import EXIT_NO_INPUT, ImageError
+from kvmmm.errors import ImageError
 from kvmmm.hostarch.access import ANY_ACCESS, EXECUTE, READ, WRITE, access_str
 from kvmmm.hostarch.addr import (
     ADDRESS_LIMIT,
@@ -31,11 +29,13 @@ from kvmmm.hostarch.addr import (
 from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.hostarch.units import format_bytes
 from kvmmm.vmm import elf
+from kvmmm.vmm.image_file import FILE_LIMIT_BYTES, identity, looks_like, read_file
 
-# Debug information may make a file larger than the memory it is loaded into; this is enough of it.
-_FILE_LIMIT_BYTES = 256 << 20
-# What tells an ELF, and which one.
-_BEGINNING_BYTES = 64
+_REMEMBERED_BYTES = 16 << 20
+_MAX_REMEMBERED = 8
+_images: dict[tuple[object, ...], Image] = {}
+"""Images by file and what was asked of it: a host starts many VMs from few files. Immutable."""
+
 # Where guest memory has to end at the latest: the APIC page and KVM's private slots come next.
 _MEMORY_LIMIT = 0xFEC00000
 
@@ -46,32 +46,6 @@ _PERMS = tuple(
     for flags in range(8)
 )
 _START = attrgetter("start")
-_LOOKS_LIKE = (
-    (b"\x1f\x8b", "a gzip file"),
-    (b"!<arch>", "a static library (ar archive)"),
-    (b"MZ", "a PE/EFI executable or a Linux bzImage"),
-    (b"#!", "a script"),
-)
-
-
-class ImageNotFoundError(ImageError, OSError):
-    """The file cannot be read: missing, not permitted, a directory, or no regular file.
-
-    Attributes:
-        path: The image, as the caller named it.
-        reason: Why.
-        remedy: What to do about it.
-        errno: What the kernel answered (EINVAL for what is not a regular file).
-    """
-
-    exit_code = EXIT_NO_INPUT
-
-    def __init__(self, path: str, err: int, reason: str, remedy: str = "") -> None:
-        super().__init__(path, reason, remedy)
-        self.errno = err
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class Segment:
@@ -183,7 +157,28 @@ def read_image(
         path, data = "<bytes>", bytes(source)  # a copy only of what could change later
     else:
         path = os.fspath(source)
-        data = _read_file(path, max(memory_bytes, _FILE_LIMIT_BYTES))
+        return _read_path(path, memory_bytes, base, rwx)
+    return _parse(path, data, memory_bytes, base, rwx)
+
+
+def _read_path(path: str, memory_bytes: int, base: int | None, rwx: bool) -> Image:
+    """Read and check a file, unless it is the very one that was read before."""
+    key = identity(path)
+    if key is not None:
+        key = (*key, path, memory_bytes, base, rwx)
+        image = _images.get(key)
+        if image is not None:
+            return image
+    data = read_file(path, max(memory_bytes, FILE_LIMIT_BYTES))
+    image = _parse(path, data, memory_bytes, base, rwx)
+    if key is not None and len(data) <= _REMEMBERED_BYTES:
+        if len(_images) >= _MAX_REMEMBERED:
+            _images.clear()
+        _images[key] = image
+    return image
+
+
+def _parse(path: str, data: bytes, memory_bytes: int, base: int | None, rwx: bool) -> Image:
     if not data.startswith(elf.ELF_MAGIC):
         return _read_flat(path, data, memory_bytes, base)
     if base is not None:
@@ -209,71 +204,10 @@ def explain(source: str | os.PathLike[str] | bytes) -> str:
         path, data = "<bytes>", source
     else:
         path = os.fspath(source)
-        data = _read_file(path, _FILE_LIMIT_BYTES)
+        data = read_file(path, FILE_LIMIT_BYTES)
     if data.startswith(elf.ELF_MAGIC):
         return elf.describe(path, data)
-    return f"{path}: {len(data)} bytes, not an ELF{_looks_like(data)}"
-
-
-def _read_file(path: str, limit_bytes: int) -> bytes:
-    # O_NONBLOCK: opening a FIFO that nobody writes must not hang; regular files ignore it.
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    except (OSError, ValueError) as e:  # ValueError: the name itself holds a NUL
-        raise _unreadable(path, e) from e
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise _not_regular(path, status.st_mode)
-        if status.st_size > limit_bytes:
-            raise _too_large(path, os.read(fd, _BEGINNING_BYTES), status.st_size, limit_bytes)
-        data = os.read(fd, status.st_size)
-        while len(data) < status.st_size:  # one read() gives at most 2 GiB
-            more = os.read(fd, status.st_size - len(data))
-            if not more:
-                break
-            data += more
-    except ImageError:
-        raise  # some of them are OSErrors as well
-    except OSError as e:
-        raise _unreadable(path, e) from e
-    else:
-        return data
-    finally:
-        os.close(fd)
-
-
-def _unreadable(path: str, cause: OSError | ValueError) -> ImageNotFoundError:
-    if not isinstance(cause, OSError):
-        return ImageNotFoundError(elf.printable(path), errno.EINVAL, f"no file name: {cause}")
-    err = cause.errno or errno.EIO
-    reason = f"cannot be read: {os.strerror(err)}"
-    if err == errno.ENOENT:
-        reason = "there is no such file"
-        remedy = "`kvmmm guests` lists the guests that are known by name"
-    elif err in (errno.EACCES, errno.EPERM):
-        remedy = f"make it readable: chmod +r {path}"
-    else:
-        remedy = ""
-    return ImageNotFoundError(path, err, reason, remedy)
-
-
-def _not_regular(path: str, mode: int) -> ImageNotFoundError:
-    if stat.S_ISDIR(mode):
-        return ImageNotFoundError(path, errno.EISDIR, "a directory", "name a file in it")
-    return ImageNotFoundError(path, errno.EINVAL, "not a regular file", "copy it into one first")
-
-
-def _too_large(path: str, beginning: bytes, size_bytes: int, limit_bytes: int) -> ImageError:
-    # An ELF of another kind is a better reason than a size.
-    if beginning.startswith(elf.ELF_MAGIC):
-        elf.check_ident(path, beginning)
-    return ImageError(
-        path,
-        f"the file has {format_bytes(size_bytes)}, and at most {format_bytes(limit_bytes)} are "
-        f"read{_looks_like(beginning)}",
-        "is it the right file? Debug information can be removed with strip -g",
-    )
+    return f"{path}: {len(data)} bytes, not an ELF{looks_like(data)}"
 
 
 def _not_an_elf(path: str, data: bytes) -> ImageError:
@@ -281,16 +215,9 @@ def _not_an_elf(path: str, data: bytes) -> ImageError:
         return ImageError(path, "the file is empty", "build it again")
     return ImageError(
         path,
-        f"not an ELF{_looks_like(data)}",
+        f"not an ELF{looks_like(data)}",
         "build a static x86-64 ELF; if it is a flat binary, say where it goes with --base ADDR",
     )
-
-
-def _looks_like(data: bytes) -> str:
-    for magic, name in _LOOKS_LIKE:
-        if data.startswith(magic):
-            return f" (it looks like {name})"
-    return ""
 
 
 def _read_flat(path: str, data: bytes, memory_bytes: int, base: int | None) -> Image:

@@ -162,12 +162,16 @@ class MicroVM:
             ranges = [(start, end, ANY_ACCESS) for start, end, _ in ranges]
         memory_map = _memory_map(ranges, self.memory_bytes)
         self.mm.mmap_all(memory_map)
-        for start, end, perms, name in memory_map:
-            if name == IMAGE_NAME and perms:
-                self.mm.populate(AddrRange(start, end))
-        for segment in image.segments:
-            self.mm.copy_out(segment.start, image.contents(segment), ignore_permissions=True)
-        self._enter(image, memory_map, " ".join(args))
+        try:
+            for start, end, perms, name in memory_map:
+                if name == IMAGE_NAME and perms:
+                    self.mm.populate(AddrRange(start, end))
+            for segment in image.segments:
+                self.mm.copy_out(segment.start, image.contents(segment), ignore_permissions=True)
+            self._enter(image, memory_map, " ".join(args))
+        except BaseException:
+            self.mm.munmap(AddrRange(0, self.memory_bytes))
+            raise
         self._image = image
 
     def _enter(
@@ -176,7 +180,7 @@ class MicroVM:
         ram_ends = [end for _, end, _, name in memory_map if name == MEMORY_NAME]
         stack_top = ram_ends[-1] if ram_ends else memory_map[-1][1]
         trial = self.vcpu.trial
-        self.area.write_boot_info(
+        self.area.write_head(
             memory_map, command_line, self.memory_bytes, stack_top,
             cpu_features(trial, giant_pages=self.vm.device.cpuid.has_giant_pages), trial.tsc_hz,
         )  # fmt: skip

@@ -192,9 +192,8 @@ class StopReporter:
                 gpa = self._vm.vcpu.translate(addr) if is_linear else addr
             except KvmmmError:
                 continue
-            if gpa is None or self._vm.address_space.is_mapped(gpa, WRITE):
-                continue
-            if self._vm.address_space.is_mapped(gpa, 0):
+            vma = self._vm.mm.vmas.find_value(gpa) if gpa is not None else None
+            if vma is not None and not vma.effective_perms & WRITE:
                 found.append(
                     f"the guest's {name} at {addr:#x} lies in read-only memory, where a CPU cannot "
                     "mark it: put it in a writable section, or load with --rwx"

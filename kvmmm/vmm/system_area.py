@@ -16,6 +16,7 @@ once.
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from kvmmm.arena import Arena
     from kvmmm.hostarch.ranges import FileRange
-    from kvmmm.pagetables.image import TableImage
     from kvmmm.platform.kvm.trial import Trial
 
 MEMORY_NAME, IMAGE_NAME = "[memory]", "[image]"
@@ -84,8 +84,8 @@ class SystemArea:
     """
 
     __slots__ = (
-        "_free", "_giant_pages", "_next", "_view", "_words", "arena", "end", "file_range", "start",
-        "tables",
+        "_free", "_giant_pages", "_layout", "_next", "_view", "_words", "arena", "end",
+        "file_range", "start", "tables",
     )  # fmt: skip
 
     def __init__(self, arena: Arena, start: int, length_bytes: int, *, giant_pages: bool) -> None:
@@ -99,16 +99,7 @@ class SystemArea:
         self._free: list[int] = []
         self._next = start + TABLES_OFFSET
         self.tables: PageTables | None = None
-        self._write_descriptors()
-
-    def _write_descriptors(self) -> None:
-        stubs_gpa = self.start + STUBS_OFFSET
-        tss_gpa = self.start + TSS_OFFSET
-        view = self._view
-        view[IDT_OFFSET : IDT_OFFSET + boot.IDT_BYTES] = boot.idt(stubs_gpa)
-        view[GDT_OFFSET : GDT_OFFSET + boot.GDT_BYTES] = boot.gdt(tss_gpa)
-        view[TSS_OFFSET : TSS_OFFSET + boot.TSS_BYTES] = boot.tss(self.start + IST_TOP_OFFSET)
-        view[STUBS_OFFSET : STUBS_OFFSET + boot.STUBS_BYTES] = boot.STUBS
+        self._layout: boot.BootLayout | None = None
 
     @property
     def hva(self) -> int:
@@ -129,16 +120,13 @@ class SystemArea:
 
     def layout(self) -> boot.BootLayout:
         """Return what a CPU's start state needs; the tables must have been built."""
-        if self.tables is None:
+        if self._layout is None:
             raise StateError("the boot tables have not been built")
-        return boot.BootLayout(
-            root_gpa=self.tables.root_gpa,
-            gdt_gpa=self.start + GDT_OFFSET,
-            idt_gpa=self.start + IDT_OFFSET,
-            tss_gpa=self.start + TSS_OFFSET,
-            stubs_gpa=self.start + STUBS_OFFSET,
-            ist_top_gpa=self.start + IST_TOP_OFFSET,
-        )
+        return self._layout
+
+    def _put(self, offset: int, content: bytes) -> None:
+        # Into pages that nobody has touched, pwrite(2) is twice as fast as a copy to the mapping.
+        os.pwrite(self.arena.fd, content, self.file_range.start + offset)
 
     # ---- page tables: this object is their allocator (pagetables.TableAllocator) ----
 
@@ -173,17 +161,28 @@ class SystemArea:
                 to ring 3; page 0 is nobody's.
         """
         wanted = (tuple(ranges), self.start, self.end, self._giant_pages)
-        image = _table_images.get(wanted)
-        if image is not None:
+        copied = _boot_tables.get(wanted)
+        first = self.start + TABLES_OFFSET
+        if copied is not None:
             # The next guest of the same shape: copied, not walked.
-            self.tables = PageTables.from_image(self, image, giant_pages=self._giant_pages)
-            return
-        self.tables = PageTables(self, giant_pages=self._giant_pages)
-        for start, end, flags in (*_guest_parts(wanted[0]), *self._own_parts()):
-            self.tables.map(start, end - start, start, flags)
-        if len(_table_images) >= _MAX_TABLE_IMAGES:
-            _table_images.clear()
-        _table_images[wanted] = self.tables.image()
+            self._put(TABLES_OFFSET, copied)
+            self._next = first + len(copied)
+            self.tables = PageTables.adopt(
+                self, first, len(copied) // PAGE_BYTES, giant_pages=self._giant_pages
+            )
+        else:
+            self.tables = PageTables(self, giant_pages=self._giant_pages)
+            for start, end, flags in (*_guest_parts(wanted[0]), *self._own_parts()):
+                self.tables.map(start, end - start, start, flags)
+            _remember(_boot_tables, wanted, self.read(first, self._next - first))
+        self._layout = boot.BootLayout(
+            root_gpa=first,
+            gdt_gpa=self.start + GDT_OFFSET,
+            idt_gpa=self.start + IDT_OFFSET,
+            tss_gpa=self.start + TSS_OFFSET,
+            stubs_gpa=self.start + STUBS_OFFSET,
+            ist_top_gpa=self.start + IST_TOP_OFFSET,
+        )
 
     def _own_parts(self) -> Iterator[tuple[int, int, int]]:
         user = flags_of(READ_WRITE, user=True)
@@ -195,11 +194,11 @@ class SystemArea:
 
     # ---- what the guest reads ----
 
-    def write_boot_info(
+    def write_head(
         self, memory_map: list[tuple[int, int, int, str]], command_line: str, memory_bytes: int,
         stack_top: int, features: int, tsc_hz: int,
     ) -> None:  # fmt: skip
-        """Fill in struct kvmmm_boot_info and what it points to.
+        """Write boot information, console control, IDT, GDT, TSS and stubs.
 
         Args:
             memory_map: (start, end, perms, name) of all guest memory, ascending; the area is added.
@@ -212,27 +211,52 @@ class SystemArea:
         Raises:
             ImageError: The command line and the memory map do not fit.
         """
+        wanted = (
+            self.start, tuple(memory_map), command_line, memory_bytes, stack_top, features, tsc_hz,
+        )  # fmt: skip
+        head = _heads.get(wanted)
+        if head is None:
+            head = self._head(*wanted[1:])
+            _remember(_heads, wanted, head)
+        self._put(0, head)
+
+    def _head(
+        self, memory_map: tuple[tuple[int, int, int, str], ...], command_line: str,
+        memory_bytes: int, stack_top: int, features: int, tsc_hz: int,
+    ) -> bytes:  # fmt: skip
+        """The pages up to the stubs: what the guest reads, and the descriptor tables."""
+        start = self.start
         regions = b"".join(
-            _REGION.pack(start, end, _REGION_IMAGE if name == IMAGE_NAME else _REGION_RAM, perms)
-            for start, end, perms, name in memory_map
-        ) + _REGION.pack(self.start, self.end, _REGION_SYSTEM, READ_WRITE)
+            _REGION.pack(begin, end, _REGION_IMAGE if name == IMAGE_NAME else _REGION_RAM, perms)
+            for begin, end, perms, name in memory_map
+        ) + _REGION.pack(start, self.end, _REGION_SYSTEM, READ_WRITE)
         text = command_line.encode() + b"\0"
         room = IDT_OFFSET - REGIONS_OFFSET - len(regions)
         if len(text) > room:
             reason = f"{len(text) - 1} bytes are too many: {max(room - 1, 0)} fit"
             raise ImageError("command line", reason)
-        view, start = self._view, self.start
         text_offset = REGIONS_OFFSET + len(regions)
-        view[REGIONS_OFFSET : text_offset + len(text)] = regions + text
-        _BOOT_INFO.pack_into(
-            view, BOOT_INFO_OFFSET, _ABI_MAGIC, _ABI_VERSION, _BOOT_INFO.size, memory_bytes,
+        info = _BOOT_INFO.pack(
+            lib.KVMMM_ABI_MAGIC, lib.KVMMM_ABI_VERSION, _BOOT_INFO.size, memory_bytes,
             start + REGIONS_OFFSET, len(memory_map) + 1, len(text) - 1, start + text_offset,
             start + CONSOLE_OFFSET, start + REPORT_OFFSET, stack_top, features, tsc_hz,
         )  # fmt: skip
-        _CONSOLE_HEAD.pack_into(
-            view, CONSOLE_OFFSET, start + OUTPUT_OFFSET, start + INPUT_OFFSET, OUTPUT_BYTES,
-            INPUT_BYTES,
-        )  # fmt: skip
+        console = _CONSOLE_HEAD.pack(
+            start + OUTPUT_OFFSET, start + INPUT_OFFSET, OUTPUT_BYTES, INPUT_BYTES
+        )
+        stubs_gpa, tss_gpa = start + STUBS_OFFSET, start + TSS_OFFSET
+        head = bytearray(STUBS_OFFSET + boot.STUBS_BYTES)
+        for offset, content in (
+            (CONSOLE_OFFSET, console),
+            (BOOT_INFO_OFFSET, info),
+            (REGIONS_OFFSET, regions + text),
+            (IDT_OFFSET, boot.idt(stubs_gpa)),
+            (GDT_OFFSET, boot.gdt(tss_gpa)),
+            (TSS_OFFSET, boot.tss(start + IST_TOP_OFFSET)),
+            (STUBS_OFFSET, boot.STUBS),
+        ):
+            head[offset : offset + len(content)] = content
+        return bytes(head)
 
     def _console(self) -> Any:  # noqa: ANN401 - a cffi struct
         return ffi.cast("struct kvmmm_console *", self.hva + CONSOLE_OFFSET)
@@ -277,15 +301,23 @@ def _guest_parts(ranges: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, 
             yield start, end, flags
 
 
-_MAX_TABLE_IMAGES = 16
-_table_images: dict[object, TableImage] = {}
-"""Boot tables by what they map. A pure cache: a race builds one twice."""
+_MAX_REMEMBERED = 16
+_boot_tables: dict[object, bytes] = {}
+_heads: dict[object, bytes] = {}
+"""Boot tables, and heads of the area, by all that they depend on. Pure caches: a race makes one
+twice."""
+
+
+def _remember(cache: dict[object, bytes], key: object, content: bytes) -> None:
+    if len(cache) >= _MAX_REMEMBERED:
+        cache.clear()
+    cache[key] = content
+
 
 _EMPTY_TABLE = memoryview(bytes(PAGE_BYTES)).cast("Q")
 
 # struct kvmmm_boot_info, field by field; a test holds it to the compiler's layout.
 _BOOT_INFO = struct.Struct("<QIIQQIIQQQQQQ")
-_ABI_MAGIC, _ABI_VERSION = lib.KVMMM_ABI_MAGIC, lib.KVMMM_ABI_VERSION
 _REGION_RAM, _REGION_IMAGE = lib.KVMMM_REGION_RAM, lib.KVMMM_REGION_IMAGE
 _REGION_SYSTEM = lib.KVMMM_REGION_SYSTEM
 

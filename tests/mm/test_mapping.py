@@ -242,3 +242,36 @@ def test_write_alone_implies_read(make: Make):
     setup = make()
     setup.mm.mmap(AddrRange(0, PAGE), WRITE)
     assert setup.space.load(0, 1) == b"\0"
+
+
+class TestMmapAll:
+    def test_several_at_once(self, make: Make):
+        setup = make()
+        before = setup.mm.generation
+        setup.mm.mmap_all(
+            [(HUGE, 2 * HUGE, READ_WRITE, "b"), (0, PAGE, READ, "a"), (PAGE, HUGE, READ, "a")]
+        )
+        assert [(s, e, v.perms, v.name) for s, e, v in setup.mm.vmas] == [
+            (0, HUGE, READ, "a"),
+            (HUGE, 2 * HUGE, READ_WRITE, "b"),
+        ]
+        assert setup.mm.generation > before
+        setup.mm.check_invariants()
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            [(0, 2 * PAGE, READ, "")],  # each other
+            [(8 * PAGE, 9 * PAGE, READ, "")],  # what is there
+            [(7 * PAGE, 12 * PAGE, READ, "")],
+            [(2 * PAGE + 1, 4 * PAGE, READ, "")],
+            [(MAX, MAX + PAGE, READ, "")],
+            [(2 * PAGE, 3 * PAGE, 8, "")],
+        ],
+    )
+    def test_all_or_nothing(self, make: Make, more: list[tuple[int, int, int, str]]):
+        setup = make()
+        setup.mm.mmap(AddrRange(8 * PAGE, 10 * PAGE), READ_WRITE)
+        with pytest.raises(RangeError):
+            setup.mm.mmap_all([(PAGE, 2 * PAGE, READ, ""), *more])
+        assert [(s, e) for s, e, _ in setup.mm.vmas] == [(8 * PAGE, 10 * PAGE)]

@@ -162,7 +162,6 @@ def test_release_gives_every_page_back(f: TablesAtHand):
         lambda: f.pt.lookup(0x1000),
         lambda: f.pt.map(0x1000, PAGE, 0, RW),
         f.pt.is_empty,
-        f.pt.image,
     ):
         with pytest.raises(StateError, match="released"):
             call()

@@ -138,11 +138,11 @@ class PageTablesMachine(RuleBasedStateMachine):
         self.model.calls.append((gva, gva + length, None, flags))
 
     @rule()
-    def copy(self) -> None:
-        image = self.pt.image()
-        self.pt.release()
-        assert self.allocator.n_allocated == 0
-        self.pt = PageTables.from_image(self.allocator, image, **self.options)
+    def adopt(self) -> None:
+        self.pt.recycle()
+        self.pt = PageTables.adopt(
+            self.allocator, self.pt.root_gpa, self.pt.n_tables, **self.options
+        )
 
     @invariant()
     def tables_are_no_more_than_needed_and_map_what_was_asked(self) -> None:

@@ -11,7 +11,8 @@ from kvmmm.errors import EXIT_NO_INPUT
 from kvmmm.hostarch.units import parse_bytes, parse_duration_ns
 from kvmmm.vmm import bundled
 from kvmmm.vmm.bundled import BundledGuest
-from kvmmm.vmm.image import ImageNotFoundError, read_image
+from kvmmm.vmm.image import read_image
+from kvmmm.vmm.image_file import ImageNotFoundError
 
 if TYPE_CHECKING:
     from pathlib import Path

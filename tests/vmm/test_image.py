@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from kvmmm.errors import EXIT_IMAGE, EXIT_NO_INPUT, ImageError
 from kvmmm.hostarch.access import ANY_ACCESS, EXECUTE, READ, READ_EXECUTE, READ_WRITE, WRITE
 from kvmmm.hostarch.ranges import AddrRange
-from kvmmm.vmm.image import Image, ImageNotFoundError, Segment, explain, read_image
+from kvmmm.vmm.image import Image, Segment, explain, read_image
+from kvmmm.vmm.image_file import ImageNotFoundError
 from tests.vmm.elf_builder import TEXT, Elf, Phdr, R, W, X, tiny
 
 MEMORY = 64 << 20

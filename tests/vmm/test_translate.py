@@ -81,6 +81,7 @@ def test_a_guests_own_tables():
             (directory, 0, 0x83), (directory, 1, 0x20_0000 | 0x83),
         ):  # fmt: skip
             vm.mm.copy_out(table + 8 * index, entry.to_bytes(8, "little"))
+        vm.mm.populate(AddrRange(root, root + 0x3000))  # what a CPU walks must be there
         vm.on_out(0xB0, look, value_only=True)
         assert vm.run(timeout=30).ok
     assert found == [0x20_0000, 0x20_0010, 0, None]
