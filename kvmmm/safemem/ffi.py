@@ -42,12 +42,8 @@ def ioctl(fd: int, request: int, argument: int = 0) -> int:
 
 
 def address_of(cdata: object) -> int:
-    """Return the host address of a cffi struct or array, for an ioctl's argument."""
-    return int(ffi.cast("uintptr_t", ffi.addressof(cdata) if _is_struct(cdata) else cdata))
-
-
-def _is_struct(cdata: object) -> bool:
-    return bool(ffi.typeof(cdata).kind == "struct")
+    """Return the host address that a cffi pointer or array holds, for an ioctl's argument."""
+    return int(ffi.cast("uintptr_t", cdata))
 
 
 def punch_hole(fd: int, offset: int, length_bytes: int) -> None:
