@@ -235,17 +235,21 @@ class TestInterrupt:
             finish(vm)
 
     def test_at_random_moments_none_is_lost(self, scaled: Callable[[int], int]):
+        """One that comes out of a handler ends the guest; all others leave it able to go on."""
         rng = random.Random(5)
-        n_sent = scaled(40)
-        with load_code(counting(Code().ring3())) as vm:
-            for _ in range(n_sent):
-                timer = threading.Timer(rng.random() * 0.01, self.send, ["kill"])
-                with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it may come before the run
-                    timer.start()
-                    vm.run(timeout=TIMEOUT)
-                timer.join()
+        vm = load_code(counting(Code().ring3()))
+        for _ in range(scaled(40)):
+            timer = threading.Timer(rng.random() * 0.01, self.send, ["kill"])
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - it may come before the run
+                timer.start()
+                vm.run(timeout=TIMEOUT)
+            timer.join()
             assert vm.vcpu.thread_id == 0
-            finish(vm)
+            if vm.vcpu.handler_failed:
+                vm.close()
+                vm = load_code(counting(Code().ring3()))
+        finish(vm)
+        vm.close()
 
     def test_it_shows_what_was_printed(self):
         chunks: list[bytes] = []

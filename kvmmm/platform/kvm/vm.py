@@ -91,8 +91,9 @@ class Vm:
             self.vcpus[-1].close()
             self.vcpus.pop()
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = self.memslots.vm_fd = -1
+            # Forgotten first: Ctrl-C in between must not have it closed twice.
+            fd, self.fd, self.memslots.vm_fd = self.fd, -1, -1
+            os.close(fd)
 
     def __enter__(self) -> Self:
         return self
