@@ -179,7 +179,7 @@ def test_model(monkeypatch: pytest.MonkeyPatch, block_max: int, block_min: int):
 
 def shuffled(n: int) -> list[int]:
     order = list(range(n))
-    random.Random(n).shuffle(order)  # noqa: S311
+    random.Random(n).shuffle(order)
     return order
 
 
