@@ -20,6 +20,9 @@ enum { POLL_IDLE = 20 };
 
 static struct kvmmm_port *find_port(struct kvmmm_vcpu *v, uint16_t port)
 {
+    /* Most often the one that was used last. */
+    if (v->port_index < v->n_ports && v->ports[v->port_index].port == port)
+        return &v->ports[v->port_index];
     for (uint32_t i = 0; i < v->n_ports; i++) {
         struct kvmmm_port *p = &v->ports[i];
         if (p->port == port || (p->kind == KVMMM_PORT_KIND_COM1 && (uint16_t)(port - p->port) < 8)) {

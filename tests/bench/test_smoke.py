@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,13 @@ from kvmmm.bench.command import EXIT_INTERRUPTED, bench
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leak")]
+pytestmark = [
+    pytest.mark.kvm,
+    pytest.mark.usefixtures("no_leak"),
+    pytest.mark.skipif(
+        "KVMMM_TEST_NPT" in os.environ, reason="an emulated CPU has no times worth measuring"
+    ),
+]
 
 
 @pytest.mark.parametrize(
