@@ -53,3 +53,23 @@ def handle_user_fault(mm: MemoryManager, addr: int, access: int) -> None:
             counters.refused += 1
             raise
         mm.address_space.map_file(start, pma.file, pma.file_range(start, end), vma.effective_perms)
+
+
+def map_resident(mm: MemoryManager) -> None:
+    """Map what copies have backed since the last call.
+
+    A guest may have been given page tables that way, and what a CPU walks must not fault.
+
+    Source:
+        gVisor mm.mapASLocked.
+    """
+    with mm.mapping_lock, mm.active_lock:
+        while mm.unmapped:
+            copied_start, copied_end = mm.unmapped.pop()
+            for vma_start, vma_end, vma in list(mm.vmas.segments(copied_start, copied_end)):
+                if not vma.effective_perms:
+                    continue
+                for pma_start, pma_end, pma in list(mm.pmas.segments(vma_start, vma_end)):
+                    start, end = max(pma_start, vma_start), min(pma_end, vma_end)
+                    fr = pma.file_range(start, end)
+                    mm.address_space.map_file(start, pma.file, fr, vma.effective_perms)

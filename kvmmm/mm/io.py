@@ -106,6 +106,7 @@ def _blocks(mm: MemoryManager, addr: int, length_bytes: int, access: int) -> Ite
                 found = mm.pmas.find(at)
                 if found is None:
                     found = pmas.allocate_locked(mm, at, vma_start, vma_end)
+                    mm.unmapped.append(found[:2])
             except GuestFaultError as e:
                 raise GuestFaultError(at, access, mapped=e.mapped, done=done) from None
             except ArenaExhaustedError as e:

@@ -55,7 +55,7 @@ class MemoryManager:
 
     __slots__ = (
         "active_lock", "address_space", "arena", "counters", "generation", "home", "mapping_lock",
-        "max_addr", "pmas", "vmas", "window",
+        "max_addr", "pmas", "unmapped", "vmas", "window",
     )  # fmt: skip
 
     def __init__(self, arena: Arena, address_space: AddressSpace) -> None:
@@ -71,6 +71,8 @@ class MemoryManager:
         self.pmas = pma.new_pma_set()
         self.window = pma.Window()
         self.counters = Counters()
+        # Ranges that copies have backed and no fault has mapped yet. The same.
+        self.unmapped: list[tuple[int, int]] = []
         self.active_lock = threading.Lock()
         # Where frames go by preference. Immutable after reserve_home.
         self.home: Home | None = None
@@ -88,6 +90,7 @@ class MemoryManager:
     populate = mapping.populate
 
     handle_user_fault = fault.handle_user_fault
+    map_resident = fault.map_resident
 
     copy_in = io.copy_in
     copy_out = io.copy_out

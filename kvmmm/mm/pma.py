@@ -2,8 +2,7 @@
 
 A fault does not allocate a page but a window around it: 2 MiB at first, doubling while faults go
 upwards through a vma, so that touching 64 MiB in order takes a handful of faults. Frames are
-reserved
-file range, not memory: nothing is committed until the guest touches it.
+reserved file range, not memory: nothing is committed until the guest touches it.
 
 gpa and file offset agree modulo 2 MiB, so that the host may back the guest with huge pages. Where
 the arena has room, an mm's frames lie at one fixed distance from their addresses (its *home*), so

@@ -218,6 +218,7 @@ class MicroVM:
         timeout_ns = parse_duration_ns(timeout) if timeout is not None else 0
         self._settle()
         self._refresh_tables()
+        self.mm.map_resident()
         self._reporter.begin_run()
         try:
             answer = self.vcpu.run(timeout_ns)
@@ -275,13 +276,13 @@ class MicroVM:
         Args:
             port: The port; ring 3 may use those of `boot.OPEN_PORTS`.
             handler: `handler(exit)` with an `IoExit`, or with `value_only` `handler(port, value)`,
-                which
-                is twice as fast. A `RunResult` it returns ends the run; None goes on. For IN, the
-                first kind sets `exit.value`, the second returns the number (its `value` is None).
+                which is twice as fast. A `RunResult` it returns ends the run; None goes on. For IN,
+                the first kind sets `exit.value`, the second returns the number (its `value` is
+                None). No handler: nobody is at that port.
             value_only: Which of the two.
         """
         kind = lib.KVMMM_PORT_KIND_VALUE if value_only else lib.KVMMM_PORT_KIND_EXIT
-        self.vcpu.set_port(port, kind, handler)
+        self.vcpu.set_port(port, kind if handler is not None else 0, handler)
 
     def statistics(self) -> RunStatistics:
         """Return counts and times since the VM was made."""

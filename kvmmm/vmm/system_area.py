@@ -157,8 +157,7 @@ class SystemArea:
 
         Args:
             ranges: [start, end) and access bits, ascending. User-accessible, so that a guest may
-                drop
-                to ring 3; page 0 is nobody's.
+                drop to ring 3; page 0 is nobody's.
         """
         wanted = (tuple(ranges), self.start, self.end, self._giant_pages)
         copied = _boot_tables.get(wanted)

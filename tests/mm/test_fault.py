@@ -129,3 +129,19 @@ def test_several_mappings_at_once_are_all_or_nothing(make: Make):
         with pytest.raises(RangeError):
             setup.mm.mmap_all(bad)
     assert list(setup.mm.vmas) == before
+
+
+def test_what_copies_back_is_mapped_once_asked(make: Make):
+    setup = make()
+    setup.mm.mmap(AddrRange(0, 4 * HUGE), READ_WRITE)
+    setup.mm.mmap(AddrRange(4 * PAGE, 8 * PAGE), NO_ACCESS)
+    setup.mm.copy_out(2 * HUGE, b"tables")
+    setup.mm.copy_out(5 * PAGE, b"none", ignore_permissions=True)
+    assert setup.space.pages == {}
+    setup.mm.map_resident()
+    assert setup.space.load(2 * HUGE, 6, READ) == b"tables"
+    assert setup.mm.counters.faults == 0
+    assert not set(setup.space.pages) & {n * PAGE for n in range(4, 8)}
+    setup.space.pages.clear()  # a cache; it is not filled a second time
+    setup.mm.map_resident()
+    assert setup.space.pages == {}

@@ -190,3 +190,24 @@ class TestCommandLine:
                 "<QQII", one.area.read(info.regions + 24 * (info.n_regions - 1), 24)
             )
             assert last[:3] == (one.area.start, one.area.end, 3)
+
+
+def test_page_tables_that_the_host_wrote_can_be_walked():
+    """A CPU walks them without a fault that anybody could serve: they must have slots at entry."""
+    tables, alias = 0x80_0000, 0x4020_0000
+    # mov $tables, %eax; mov %rax, %cr3; mov (alias), %eax; out %eax, $PORT_EXIT
+    code = bytes.fromhex("b8") + tables.to_bytes(4, "little") + bytes.fromhex("0f22d8 8b0425")
+    code += alias.to_bytes(4, "little") + bytes.fromhex("e7b8")
+    entries = {
+        0x0000: tables + 0x1003,  # PML4[0]
+        0x1000: tables + 0x2003,  # PDPT[0]: the code, one to one
+        0x2008: 0x20_0083,
+        0x1008: tables + 0x3003,  # PDPT[1]: the same page again, 1 GiB higher
+        0x3008: 0x20_0083,
+    }
+    with MicroVM("64M") as vm:
+        vm.load(code, base=0x20_0000)
+        for at, entry in entries.items():
+            vm.mm.copy_out(tables + at, entry.to_bytes(8, "little"))
+        result = vm.run(timeout=TIMEOUT)
+        assert (result.outcome, result.status) == ("exited", code[0]), describe(result)

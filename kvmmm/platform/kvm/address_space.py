@@ -4,9 +4,8 @@
     access
 
 After an MMIO exit KVM finishes the pending access from kvm_run, whatever slots were added
-meanwhile. So
-the order is: install the slot, then perform the access by hand. A fragment for memory that has a
-slot by now is normal (an access is cut into at most 8 bytes, and at page boundaries).
+meanwhile. So the order is: install the slot, then perform the access by hand. A fragment for memory
+that has a slot by now is normal (an access is cut into at most 8 bytes, and at page boundaries).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """/dev/kvm, opened and asked once a process.
 
 Asking is dear (KVM_GET_SUPPORTED_CPUID alone costs as much as creating a vCPU), and the answers do
-not
-change: the descriptor, the capabilities and the CPUID table are kept for the life of the process.
+not change: the descriptor, the capabilities and the CPUID table are kept for the life of the
+process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Cold exits, decoded from kvm_run into typed values.
 
 The two exits that can be hot, IoExit and MmioExit, are C types. Everything here happens at most
-once a
-run or on the way to making an instruction restartable, so clarity comes first: construct reads the
-records.
+once a run or on the way to making an instruction restartable, so clarity comes first: construct
+reads the records.
 """
 
 from __future__ import annotations

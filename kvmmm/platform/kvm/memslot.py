@@ -2,9 +2,8 @@
 
 A slot cannot be split, resized or re-flagged in place, only deleted and created anew (Linux
 virt/kvm/kvm_main.c, __kvm_set_memory_region). Deleting one drops every translation of the VM, and
-for a
-moment legal memory has no slot: so that is done with every vCPU outside KVM_RUN. Adding needs no
-stop.
+for a moment legal memory has no slot: so that is done with every vCPU outside KVM_RUN. Adding needs
+no stop.
 """
 
 from __future__ import annotations

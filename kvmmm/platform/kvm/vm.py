@@ -17,8 +17,8 @@ class Vm:
     """A virtual machine without memory or CPUs, to which both are added.
 
     Lifetime: `close`, or the end of a `with`, or garbage collection; vCPUs go first. The host
-        memory
-    behind the slots must outlive the VM: whoever adds slots closes the VM before that memory.
+    memory behind the slots must outlive the VM: whoever adds slots closes the VM before that
+    memory.
 
     Attributes:
         fd: Its descriptor; -1 once closed.
