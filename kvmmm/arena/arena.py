@@ -30,6 +30,9 @@ class Arena:
 
     Args:
         capacity_bytes: Its size, rounded up to 2 MiB. Costs nothing until touched.
+        used_bytes: It begins with [0, used_bytes) allocated, one reference each: `first`. The same
+            as allocating it, for less.
+        reserved_bytes: And with so much behind that reserved: `reservation`.
         debug: Fill freed pages with 0xdb and punch them only when allocated again. Default:
             whether KVMMM_DEBUG is set.
 
@@ -38,9 +41,12 @@ class Arena:
         hva: Host address of its linear mapping, a multiple of 2 MiB: offset fo is at hva + fo.
         capacity_bytes: Its size in bytes.
         view: All of the mapping, writable, format "B".
+        first: The range that it began with; empty without `used_bytes`.
+        reservation: The reservation that it began with; None without `reserved_bytes`.
 
     Raises:
         RangeError: A capacity of zero or below, or more than a process can map.
+        ArenaExhaustedError: It is to begin with more than it holds.
         SyscallError: The kernel refused the file (EMFILE, …) or the mapping (ENOMEM).
 
     Source: gVisor pgalloc.MemoryFile has the same purpose; it grows in chunks, this one does not.
@@ -56,15 +62,28 @@ class Arena:
         "_usage",
         "capacity_bytes",
         "fd",
+        "first",
         "hva",
+        "reservation",
         "view",
     )
 
-    def __init__(self, capacity_bytes: int, *, debug: bool | None = None) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        used_bytes: int = 0,
+        reserved_bytes: int = 0,
+        debug: bool | None = None,
+    ) -> None:
         if not 0 < capacity_bytes <= _CAPACITY_MAX_BYTES:
             raise RangeError(
                 0, capacity_bytes, f"an arena's size is between 1 and {_CAPACITY_MAX_BYTES} bytes"
             )
+        if (used_bytes | reserved_bytes) & PAGE_MASK or min(used_bytes, reserved_bytes) < 0:
+            raise RangeError(0, used_bytes, "what an arena begins with is made of whole pages")
+        if used_bytes + reserved_bytes > capacity_bytes:
+            raise ArenaExhaustedError(used_bytes + reserved_bytes, capacity_bytes, capacity_bytes)
         capacity_bytes = align_up(capacity_bytes, HUGE_PAGE_BYTES)
         fd = create_sealed("kvmmm-arena", capacity_bytes)
         try:
@@ -81,7 +100,9 @@ class Arena:
         self.hva = HostVirt(self._mapping.hva)
         self.view = memoryview(self._mapping)
         self._lock = threading.Lock()
-        self._usage = PageUsage(capacity_bytes)
+        self._usage = PageUsage(capacity_bytes, used_bytes, reserved_bytes)
+        self.first = FileRange(0, used_bytes)
+        self.reservation = self._usage.reservation
         # Debug: free pages that are not zero. None: free pages are always holes.
         self._junk: SegmentSet[bool] | None = (
             SegmentSet(_merge_junk) if (_DEBUG if debug is None else debug) else None

@@ -50,19 +50,29 @@ class PageUsage:
         "_reservations",
         "capacity_bytes",
         "peak_used_bytes",
+        "reservation",
         "reserved_bytes",
         "used_bytes",
     )
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, used_bytes: int = 0, reserved_bytes: int = 0) -> None:
         self.capacity_bytes = capacity_bytes
-        self.used_bytes = 0
-        self.reserved_bytes = 0
-        self.peak_used_bytes = 0
+        self.used_bytes = used_bytes
+        self.reserved_bytes = reserved_bytes
+        self.peak_used_bytes = used_bytes
         self._free: SegmentSet[bool] = SegmentSet(_merge_free)
-        self._free.insert(0, capacity_bytes, True)
         self._references: SegmentSet[int] = SegmentSet(_merge_equal)
         self._reservations: SegmentSet[Reservation] = SegmentSet()
+        free_start = used_bytes + reserved_bytes
+        if used_bytes:
+            self._references.insert(0, used_bytes, 1)
+        # What of it is reserved from the start.
+        self.reservation: Reservation | None = None
+        if reserved_bytes:
+            self.reservation = Reservation(used_bytes, free_start)
+            self._reservations.insert(used_bytes, free_start, self.reservation)
+        if free_start < capacity_bytes:
+            self._free.insert(free_start, capacity_bytes, True)
         # (length, alignment) -> where to look first. See find_fit.
         self._hints: dict[tuple[int, int], int] = {}
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from kvmmm.mm import debug, fault, io, mapping, pma, vma
 
 if TYPE_CHECKING:
-    from kvmmm.arena import Arena
-    from kvmmm.mm.pma import Home
+    from kvmmm.arena import Arena, Reservation
     from kvmmm.platform.base import AddressSpace
 
 
@@ -51,6 +50,7 @@ class MemoryManager:
     Args:
         arena: Where private memory comes from.
         address_space: What a CPU uses; addresses up to its `max_addr` can be mapped.
+        reservation: Arena offsets for [0, its length), a multiple of 2 MiB up; None takes any.
     """
 
     __slots__ = (
@@ -58,7 +58,9 @@ class MemoryManager:
         "max_addr", "pmas", "unmapped", "vmas", "window",
     )  # fmt: skip
 
-    def __init__(self, arena: Arena, address_space: AddressSpace) -> None:
+    def __init__(
+        self, arena: Arena, address_space: AddressSpace, reservation: Reservation | None = None
+    ) -> None:
         self.arena = arena
         self.address_space = address_space
         self.max_addr = address_space.max_addr
@@ -74,14 +76,8 @@ class MemoryManager:
         # Ranges that copies have backed and no fault has mapped yet. The same.
         self.unmapped: list[tuple[int, int]] = []
         self.active_lock = threading.Lock()
-        # Where frames go by preference. Immutable after reserve_home.
-        self.home: Home | None = None
-
-    def reserve_home(self, length_bytes: int) -> None:
-        """Reserve arena offsets for [0, length_bytes), uncommitted; nothing if they do not fit."""
-        reservation = self.arena.reserve(length_bytes, align_bytes=1 << 21)
-        if reservation is not None:
-            self.home = pma.Home(self.arena, reservation, 0)
+        # Where frames go by preference. Immutable until close.
+        self.home = pma.Home(arena, reservation, 0) if reservation is not None else None
 
     mmap = mapping.mmap
     mmap_all = mapping.mmap_all

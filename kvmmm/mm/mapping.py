@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kvmmm.errors import GuestFaultError, RangeError
 from kvmmm.hostarch.access import ANY_ACCESS, READ
-from kvmmm.hostarch.ranges import AddrRange
+from kvmmm.hostarch.addr import PAGE_MASK
 from kvmmm.mm import pma as pmas
 from kvmmm.mm.vma import Vma
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvmmm.hostarch.ranges import AddrRange
     from kvmmm.mm.manager import MemoryManager
 
 
@@ -44,18 +44,21 @@ def mmap_all(mm: MemoryManager, mappings: Sequence[tuple[int, int, int, str]]) -
 
     Args:
         mm: The address space.
-        mappings: (start, end, perms, name) of each; see `mmap`.
+        mappings: (start, end, perms, name) of each, ascending; see `mmap`.
 
     Raises:
         RangeError: A range is malformed, or overlaps something. Nothing was changed.
     """
+    last_end = 0
     for start, end, perms, _name in mappings:
-        _check_range(mm, AddrRange(start, end), perms)
+        if start < last_end:
+            raise RangeError(start, end, "mappings must be ascending and disjoint")
+        _check_bounds(mm, start, end, perms)
+        last_end = end
     with mm.mapping_lock:
-        new = sorted((start, end) for start, end, _, _ in mappings)
-        overlaps = any(a[1] > b[0] for a, b in pairwise(new))
-        if overlaps or any(next(mm.vmas.segments(*ar), None) for ar in (new if mm.vmas else ())):
-            raise RangeError(new[0][0], new[-1][1], "these mappings overlap, or something is there")
+        for start, end, _perms, _name in mappings if mm.vmas else ():
+            if next(mm.vmas.segments(start, end), None) is not None:
+                raise RangeError(start, end, "something is mapped there")
         for start, end, perms, name in mappings:
             mm.vmas.insert(start, end, Vma(perms, name))
         mm.generation += 1
@@ -109,22 +112,29 @@ def populate(mm: MemoryManager, ar: AddrRange) -> None:
             if found is None or not found[2].effective_perms & READ:
                 raise GuestFaultError(addr, READ, mapped=found is not None, done=addr - ar.start)
             end = min(found[1], ar.end)
-            for start, stop in list(mm.pmas.gaps(addr, end)):
-                pmas.insert_locked(mm, start, stop)
-            for pma_start, pma_end, pma in list(mm.pmas.segments(addr, end)):
-                start = max(pma_start, addr)
-                fr = pma.file_range(start, min(pma_end, end))
-                mm.address_space.map_file(start, pma.file, fr, found[2].effective_perms)
-            addr = end
+            backed = mm.pmas.find(addr)
+            if backed is not None:
+                stop, pma = min(backed[1], end), backed[2]
+            else:
+                gap = mm.pmas.find_gap(addr)
+                stop = min(gap[1], end) if gap is not None else end
+                pma = pmas.insert_locked(mm, addr, stop)[2]
+            fr = pma.file_range(addr, stop)
+            mm.address_space.map_file(addr, pma.file, fr, found[2].effective_perms)
+            addr = stop
 
 
 def _check_range(mm: MemoryManager, ar: AddrRange, perms: int) -> None:
-    if not ar or not ar.is_page_aligned:
-        raise RangeError(ar.start, ar.end, "a mapping is one or more whole 4 KiB pages")
-    if ar.end > mm.max_addr:
-        raise RangeError(ar.start, ar.end, f"guest memory ends at {mm.max_addr:#x}")
+    _check_bounds(mm, ar.start, ar.end, perms)
+
+
+def _check_bounds(mm: MemoryManager, start: int, end: int, perms: int) -> None:
+    if (start | end) & PAGE_MASK or not 0 <= start < end:
+        raise RangeError(start, end, "a mapping is one or more whole 4 KiB pages")
+    if end > mm.max_addr:
+        raise RangeError(start, end, f"guest memory ends at {mm.max_addr:#x}")
     if perms & ~ANY_ACCESS:
-        raise RangeError(ar.start, ar.end, f"{perms:#x} is no set of access bits")
+        raise RangeError(start, end, f"{perms:#x} is no set of access bits")
 
 
 def _remove_locked(mm: MemoryManager, ar: AddrRange) -> None:

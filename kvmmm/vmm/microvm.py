@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Self
 
 from kvmmm.arena import Arena
@@ -97,18 +98,22 @@ class MicroVM:
             )  # fmt: skip
         capacity = parse_bytes(arena) if arena is not None else self.memory_bytes + area_bytes
         try:
-            self.arena = Arena(max(capacity, area_bytes))
+            # The system area first; then, where there is room for it, all of guest memory.
+            has_room = capacity >= area_bytes + self.memory_bytes
+            self.arena = Arena(
+                max(capacity, area_bytes), used_bytes=area_bytes,
+                reserved_bytes=self.memory_bytes if has_room else 0,
+            )  # fmt: skip
             self._closers.append(self.arena.close)
             self.area = SystemArea(
-                self.arena, area_start, area_bytes, giant_pages=device.cpuid.has_giant_pages
+                self.arena, self.arena.first, area_start, giant_pages=device.cpuid.has_giant_pages
             )
             self._closers.append(self.area.close)
             self.vm = Vm(device, max_memslots=max_memslots)
             self._closers.append(self.vm.close)
             self.vm.memslots.add(area_start, area_bytes, self.area.hva)
             self.address_space = MemslotAddressSpace(self.vm, self.memory_bytes)
-            self.mm = MemoryManager(self.arena, self.address_space)
-            self.mm.reserve_home(self.memory_bytes)
+            self.mm = MemoryManager(self.arena, self.address_space, self.arena.reservation)
             self.vcpu = self.vm.create_vcpu()
             self._wire(console, console_input)
         except BaseException:
@@ -160,7 +165,7 @@ class MicroVM:
         ranges = image.page_ranges()
         if rwx:
             ranges = [(start, end, ANY_ACCESS) for start, end, _ in ranges]
-        memory_map = _memory_map(ranges, self.memory_bytes)
+        memory_map = _memory_map(tuple(ranges), self.memory_bytes)
         self.mm.mmap_all(memory_map)
         try:
             for start, end, perms, name in memory_map:
@@ -175,7 +180,7 @@ class MicroVM:
         self._image = image
 
     def _enter(
-        self, image: Image, memory_map: list[tuple[int, int, int, str]], command_line: str
+        self, image: Image, memory_map: tuple[tuple[int, int, int, str], ...], command_line: str
     ) -> None:
         ram_ends = [end for _, end, _, name in memory_map if name == MEMORY_NAME]
         stack_top = ram_ends[-1] if ram_ends else memory_map[-1][1]
@@ -321,9 +326,10 @@ class MicroVM:
             self.close()
 
 
+@lru_cache(maxsize=16)
 def _memory_map(
-    image_ranges: list[tuple[int, int, int]], memory_bytes: int
-) -> list[tuple[int, int, int, str]]:
+    image_ranges: tuple[tuple[int, int, int], ...], memory_bytes: int
+) -> tuple[tuple[int, int, int, str], ...]:
     """Return (start, end, perms, name) of all guest memory: the image, and RAM wherever else.
 
     Page 0 is nobody's, nor is `HOLE`.
@@ -339,4 +345,4 @@ def _memory_map(
         addr = max(addr, end)
     if addr < memory_bytes:
         found.append((addr, memory_bytes, READ_WRITE, MEMORY_NAME))
-    return found
+    return tuple(found)

@@ -88,11 +88,13 @@ class SystemArea:
         "file_range", "start", "tables",
     )  # fmt: skip
 
-    def __init__(self, arena: Arena, start: int, length_bytes: int, *, giant_pages: bool) -> None:
+    def __init__(
+        self, arena: Arena, file_range: FileRange, start: int, *, giant_pages: bool
+    ) -> None:
         self.arena = arena
         self.start = start
-        self.end = start + length_bytes
-        self.file_range: FileRange = arena.allocate(length_bytes, align_bytes=HUGE_PAGE_BYTES)
+        self.end = start + file_range.length_bytes
+        self.file_range = file_range
         self._view = arena.view_of(self.file_range)
         self._words = self._view.cast("Q")
         self._giant_pages = giant_pages
@@ -194,8 +196,8 @@ class SystemArea:
     # ---- what the guest reads ----
 
     def write_head(
-        self, memory_map: list[tuple[int, int, int, str]], command_line: str, memory_bytes: int,
-        stack_top: int, features: int, tsc_hz: int,
+        self, memory_map: tuple[tuple[int, int, int, str], ...], command_line: str,
+        memory_bytes: int, stack_top: int, features: int, tsc_hz: int,
     ) -> None:  # fmt: skip
         """Write boot information, console control, IDT, GDT, TSS and stubs.
 
@@ -211,7 +213,7 @@ class SystemArea:
             ImageError: The command line and the memory map do not fit.
         """
         wanted = (
-            self.start, tuple(memory_map), command_line, memory_bytes, stack_top, features, tsc_hz,
+            self.start, memory_map, command_line, memory_bytes, stack_top, features, tsc_hz,
         )  # fmt: skip
         head = _heads.get(wanted)
         if head is None:

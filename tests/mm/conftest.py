@@ -22,10 +22,9 @@ class Setup:
     def __init__(self, arena_bytes: int, max_addr: int, *, home: bool) -> None:
         self.arena = Arena(arena_bytes)
         self.space = FakeAddressSpace(max_addr)
-        self.mm = MemoryManager(self.arena, self.space)
+        reservation = self.arena.reserve(max_addr, align_bytes=HUGE) if home else None
+        self.mm = MemoryManager(self.arena, self.space, reservation)
         self.space.on_fault = self.mm.handle_user_fault
-        if home:
-            self.mm.reserve_home(max_addr)
 
     def close(self) -> None:
         """Close; every frame must be free afterwards."""

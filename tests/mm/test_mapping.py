@@ -249,7 +249,7 @@ class TestMmapAll:
         setup = make()
         before = setup.mm.generation
         setup.mm.mmap_all(
-            [(HUGE, 2 * HUGE, READ_WRITE, "b"), (0, PAGE, READ, "a"), (PAGE, HUGE, READ, "a")]
+            [(0, PAGE, READ, "a"), (PAGE, HUGE, READ, "a"), (HUGE, 2 * HUGE, READ_WRITE, "b")]
         )
         assert [(s, e, v.perms, v.name) for s, e, v in setup.mm.vmas] == [
             (0, HUGE, READ, "a"),
@@ -262,6 +262,7 @@ class TestMmapAll:
         "more",
         [
             [(0, 2 * PAGE, READ, "")],  # each other
+            [(0, PAGE, READ, "")],  # not ascending
             [(8 * PAGE, 9 * PAGE, READ, "")],  # what is there
             [(7 * PAGE, 12 * PAGE, READ, "")],
             [(2 * PAGE + 1, 4 * PAGE, READ, "")],
