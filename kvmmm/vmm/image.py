@@ -92,7 +92,7 @@ class Image:
         kind: `elf` or `flat`.
     """
 
-    __slots__ = ("data", "entry", "kind", "path", "segments")
+    __slots__ = ("_page_ranges", "data", "entry", "kind", "path", "segments")
 
     def __init__(
         self, path: str, data: bytes, segments: list[Segment], entry: int, kind: str
@@ -102,17 +102,20 @@ class Image:
         self.segments = segments
         self.entry = entry
         self.kind = kind
+        self._page_ranges: tuple[tuple[int, int, int], ...] | None = None
 
     def contents(self, segment: Segment) -> memoryview:
         """Return a view of the bytes that go to `segment.start`; behind them come zeros."""
         return memoryview(self.data)[segment.file_offset : segment.file_offset + segment.file_bytes]
 
-    def page_ranges(self) -> list[tuple[int, int, int]]:
+    def page_ranges(self) -> tuple[tuple[int, int, int], ...]:
         """Return (start, end, perms) of the pages to map: aligned, ascending, disjoint.
 
         A page that segments share, as linkers lay them out with -z noseparate-code, permits what
         any of them asks for. Neighbours with equal permissions are one range.
         """
+        if self._page_ranges is not None:
+            return self._page_ranges
         ranges: list[tuple[int, int, int]] = []
         for segment in self.segments:
             start, end, perms = page_down(segment.start), page_up(segment.end), segment.perms
@@ -123,7 +126,8 @@ class Image:
                 _append(ranges, start, last, before | perms)
                 start = last
             _append(ranges, start, end, perms)
-        return ranges
+        self._page_ranges = tuple(ranges)
+        return self._page_ranges
 
 
 def _append(ranges: list[tuple[int, int, int]], start: int, end: int, perms: int) -> None:

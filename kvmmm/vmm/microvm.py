@@ -164,8 +164,8 @@ class MicroVM:
             image = read_image(image, memory_bytes=self.memory_bytes, base=base, rwx=rwx)
         ranges = image.page_ranges()
         if rwx:
-            ranges = [(start, end, ANY_ACCESS) for start, end, _ in ranges]
-        memory_map = _memory_map(tuple(ranges), self.memory_bytes)
+            ranges = tuple((start, end, ANY_ACCESS) for start, end, _ in ranges)
+        memory_map = _memory_map(ranges, self.memory_bytes)
         self.mm.mmap_all(memory_map)
         try:
             for start, end, perms, name in memory_map:

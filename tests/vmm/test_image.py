@@ -55,7 +55,7 @@ def test_an_elf_becomes_segments_with_exact_addresses():
     assert repr(code) == "<segment 0 [0x100010, 0x100030) r-x>"
     assert bytes(image.contents(data)) == image.data[0x1800:0x1808]
     assert (image.entry, image.kind, image.path) == (TEXT + 0x10, "elf", "<bytes>")
-    assert image.page_ranges() == [
+    assert list(image.page_ranges()) == [
         (TEXT, TEXT + 0x1000, READ_EXECUTE),
         (TEXT + 0x1000, TEXT + 0x3000, READ_WRITE),
     ]
@@ -73,7 +73,7 @@ def test_a_shared_page_has_the_permissions_of_both():
             Phdr(flags=R | W, vaddr=TEXT + 0x1800, filesz=0x10, memsz=0x1000),
         )
     )
-    assert image.page_ranges() == [
+    assert list(image.page_ranges()) == [
         (TEXT, TEXT + 0x1000, READ_EXECUTE),
         (TEXT + 0x1000, TEXT + 0x2000, ANY_ACCESS),
         (TEXT + 0x2000, TEXT + 0x3000, READ_WRITE),
@@ -85,7 +85,7 @@ def test_rwx_gives_everything_to_every_segment():
         placed(Phdr(flags=R), Phdr(flags=R | W, vaddr=TEXT + 0x1000), entry=TEXT + 0x1000), rwx=True
     )
     assert [s.perms for s in image.segments] == [ANY_ACCESS, ANY_ACCESS]
-    assert image.page_ranges() == [(TEXT, TEXT + 0x2000, ANY_ACCESS)]
+    assert list(image.page_ranges()) == [(TEXT, TEXT + 0x2000, ANY_ACCESS)]
 
 
 @pytest.mark.parametrize("flags", range(8))
@@ -103,7 +103,7 @@ def test_the_virtual_address_counts_when_no_segment_has_a_physical_one():
 
 def test_an_image_may_fill_memory_from_page_1_to_the_end():
     image = read(placed(Phdr(vaddr=0x1000, memsz=MEMORY - 0x1000), entry=0x1000))
-    assert image.page_ranges() == [(0x1000, MEMORY, READ_EXECUTE)]
+    assert list(image.page_ranges()) == [(0x1000, MEMORY, READ_EXECUTE)]
 
 
 def test_bytes_that_could_change_are_copied():
@@ -119,7 +119,7 @@ def test_a_flat_binary_is_one_rwx_segment_at_base():
     (segment,) = image.segments
     assert (segment.start, segment.end, segment.perms) == (0x7C00, 0x7C00 + 5000, ANY_ACCESS)
     assert (image.entry, image.kind, segment.name) == (0x7C00, "flat", "flat binary")
-    assert image.page_ranges() == [(0x7000, 0x9000, ANY_ACCESS)]
+    assert list(image.page_ranges()) == [(0x7000, 0x9000, ANY_ACCESS)]
     assert bytes(image.contents(segment)) == b"\xf4" * 5000
 
 
@@ -142,7 +142,7 @@ def test_page_ranges_agree_with_a_page_by_page_model(segments: list[Segment]):
     for segment in segments:
         for page in range(segment.start >> 12, ((segment.end - 1) >> 12) + 1):
             model[page] = model.get(page, 0) | segment.perms
-    ranges = Image("it", b"", segments, 0, "elf").page_ranges()
+    ranges = list(Image("it", b"", segments, 0, "elf").page_ranges())
     assert all(start < end and not (start | end) & 0xFFF for start, end, _ in ranges)
     for (_, end, perms), (start, _, next_perms) in pairwise(ranges):
         assert end < start or (end == start and perms != next_perms)
