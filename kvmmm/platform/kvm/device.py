@@ -11,6 +11,7 @@ import errno
 import os
 import struct
 import threading
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvmmm.errors import IoctlError, KvmUnavailableError, SyscallError
@@ -74,8 +75,6 @@ class Device:
         self.path = path
         self.fd = _open(path)
         self._capabilities: dict[int, int] = {}
-        self._cpuid: Cpuid | None = None
-        self._trial: Trial | None = None
         try:
             self._check()
             self.vcpu_mmap_bytes = ioctl(self.fd, abi.KVM_GET_VCPU_MMAP_SIZE)
@@ -114,23 +113,19 @@ class Device:
             self._capabilities[number] = answer
         return answer
 
-    @property
+    @cached_property
     def cpuid(self) -> Cpuid:
         """The supported CPUID table, asked once."""
-        if self._cpuid is None:
-            self._cpuid = Cpuid(self.fd)
-        return self._cpuid
+        return Cpuid(self.fd)
 
-    @property
+    @cached_property
     def trial(self) -> Trial:
         """What had to be tried, tried once."""
-        if self._trial is None:
-            from kvmmm.platform.kvm.trial import Trial
+        from kvmmm.platform.kvm.trial import Trial
 
-            self._trial = Trial(self)
-        return self._trial
+        return Trial(self)
 
-    @property
+    @cached_property
     def max_memslots(self) -> int:
         """How many memslots a VM may have; 32 where the kernel does not say."""
         return self.capability(abi.KVM_CAP_NR_MEMSLOTS) or 32
