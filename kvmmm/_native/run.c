@@ -139,7 +139,7 @@ int kvmmm_vcpu_enter(struct kvmmm_vcpu *v)
             arm(v);
         }
         v->n_enters++;
-        atomic_store_explicit(&v->in_guest, true, memory_order_seq_cst);
+        atomic_store_explicit(&v->in_guest, true, memory_order_release);
         int rc = ioctl(v->fd, KVM_RUN, 0);
         int err = errno;
         atomic_store_explicit(&v->in_guest, false, memory_order_release);
