@@ -48,7 +48,7 @@ class TestFailingSteps:
         if name == "KVM_SET_XCRS" and not device.trial.has_avx:
             pytest.skip("no AVX here")
         if module is trial:
-            monkeypatch.setattr(device, "_trial", None)
+            monkeypatch.delitem(vars(device), "trial", raising=False)
         real = module.ioctl
 
         def ioctl(fd: int, request: int, argument: int = 0) -> int:
