@@ -200,7 +200,7 @@ static PyObject *vcpu_console_take(PyObject *op, PyObject *ignored)
     }
     if (n == pending)
         return bytes;
-    /* Takers are serialised above us, but a guest may take its head back. */
+    /* Between the two calls the guest may have taken its head back (several vCPUs, a wild write). */
     PyObject *fewer = PyBytes_FromStringAndSize(PyBytes_AsString(bytes), n);
     Py_DECREF(bytes);
     return fewer;

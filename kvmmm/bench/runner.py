@@ -33,7 +33,7 @@ def pinned() -> Iterator[int]:
 
     A wake-up on another, idle CPU costs more than most of what is measured here. The first CPU it
     is, because the kernel does the RCU work behind each memslot change there (Linux
-    kernel/rcu/srcutree.c, get_boot_cpu_id): 22 µs instead of 100.
+    kernel/rcu/srcutree.c, get_boot_cpu_id), and a change costs several times more elsewhere.
     """
     before = os.sched_getaffinity(0)
     cpu = min(before)

@@ -6,8 +6,7 @@ Terms, as in gVisor's pkg/sentry/mm:
     pma   a range that is backed: these addresses are those frames of that file
     AS    the AddressSpace, a pure cache of pmas that a CPU uses; emptied at will, filled by faults
 
-    fault at addr ──► vma: may this access happen? ──► pma: which frames? (allocate) ──► AS:
-    map_file
+    fault ──► vma: may this access happen? ──► pma: which frames? (allocate) ──► AS: map_file
 
 Invariants (`check_invariants`): vmas and pmas are page aligned, not empty, disjoint; an address
 with a pma has a vma; a pma holds one reference on each of its frames; the AS never grants more

@@ -1,7 +1,6 @@
 """`MemslotAddressSpace`: an mm address is a guest-physical address, a translation is a memslot.
 
-    EPT violation (MMIO exit) ──► mm.handle_user_fault ──► map_file: add a slot ──► complete: the
-    access
+    EPT violation (MMIO exit) ──► mm.handle_user_fault ──► map_file: a slot ──► complete: the access
 
 After an MMIO exit KVM finishes the pending access from kvm_run, whatever slots were added
 meanwhile. So the order is: install the slot, then perform the access by hand. A fragment for memory
