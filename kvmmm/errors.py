@@ -137,6 +137,41 @@ class GuestFaultError(KvmmmError, OSError):
         return str(self.strerror)
 
 
+class GuestBusError(GuestFaultError):
+    """The page is mapped, but its file has no bytes there: it ends before, or was cut off.
+
+    The bus-error kind (SIGBUS), where `GuestFaultError` itself is the segmentation kind (SIGSEGV).
+
+    Attributes: those of `GuestFaultError`; `mapped` is true.
+    """
+
+    def __init__(self, addr: int, access: int, *, done: int = 0) -> None:
+        super().__init__(addr, access, mapped=True, done=done)
+        text = f"cannot access guest address {addr:#x}: its file ends before it"
+        self.strerror = f"{text} ({done} bytes done)" if done else text
+
+
+class MmError(KvmmmError, OSError):
+    """An operation of the memory manager was refused: mmap, mprotect, brk and the like.
+
+    Attributes:
+        errno: As Linux says it: EINVAL, ENOMEM, EEXIST, EACCES, EPERM, EAGAIN, EFAULT and so on.
+        operation: Which one, by the system call's name.
+        addr: Guest address that it is about.
+    """
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, err: int, operation: str, addr: int, why: str) -> None:
+        self.operation = operation
+        self.addr = addr
+        name = _errno.errorcode.get(err, str(err))
+        super().__init__(err, f"{operation} at {addr:#x}: {why} ({name})")
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 class ArenaExhaustedError(KvmmmError, OSError):
     """The arena has no room for an allocation.
 
