@@ -9,10 +9,10 @@ from kvmmm.hostarch.addr import PAGE_BYTES, page_down
 from kvmmm.hostarch.ranges import FileRange
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from kvmmm.hostarch.ranges import AddrRange
-    from kvmmm.platform.base import File
+    from kvmmm.memmap.file import File
 
 
 class FaultError(Exception):
@@ -33,9 +33,16 @@ class FakeAddressSpace:
 
     Attributes:
         pages: page address -> (file, offset in it, access bits).
+        n_shootdowns: How often translations were removed.
     """
 
-    def __init__(self, max_addr: int, min_window_bytes: int = 2 << 20) -> None:
+    walks_frames = False
+
+    def __init__(
+        self, max_addr: int, min_window_bytes: int = 2 << 20, map_unit_bytes: int = 0
+    ) -> None:
+        self.map_unit_bytes = map_unit_bytes
+        self.n_shootdowns = 0
         self.max_addr = max_addr
         self.min_window_bytes = min_window_bytes
         self.pages: dict[int, tuple[File, int, int]] = {}
@@ -50,14 +57,25 @@ class FakeAddressSpace:
         for offset in range(0, fr.length_bytes, PAGE_BYTES):
             self.pages[addr + offset] = file, fr.start + offset, perms
 
-    def unmap(self, ar: AddrRange) -> None:
-        assert ar.is_page_aligned
-        if len(self.pages) < ar.length_bytes // PAGE_BYTES:
-            for page in [p for p in self.pages if p in ar]:
-                del self.pages[page]
-        else:
-            for page in range(ar.start, ar.end, PAGE_BYTES):
-                self.pages.pop(page, None)
+    def unmap(self, ranges: Sequence[AddrRange]) -> None:
+        self.n_shootdowns += 1
+        for ar in ranges:
+            assert ar.is_page_aligned
+            if len(self.pages) < ar.length_bytes // PAGE_BYTES:
+                for page in [p for p in self.pages if p in ar]:
+                    del self.pages[page]
+            else:
+                for page in range(ar.start, ar.end, PAGE_BYTES):
+                    self.pages.pop(page, None)
+
+    def fork_into(self, child: FakeAddressSpace) -> bool:
+        assert not child.pages
+        for page, (file, offset, perms) in self.pages.items():
+            self.pages[page] = child.pages[page] = file, offset, perms & ~WRITE
+        return True
+
+    def release(self) -> None:
+        self.pages.clear()
 
     def is_mapped(self, addr: int, access: int) -> bool:
         found = self.pages.get(page_down(addr))

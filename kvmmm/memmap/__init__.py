@@ -1,6 +1,6 @@
 """What can back memory, and what can be mapped.
 
-    Mappable   what mmap takes: a file, shared anonymous memory. Says where its bytes lie (translate)
+    Mappable   what mmap takes: a file, shared anonymous memory; it says where its bytes lie
     File       what a CPU can be given: frames behind one linear host mapping, reference-counted
 
     mm ──translate(range, access)──► Mappable ──► [(range, File, file range, perms)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvmmm.errors import ArenaExhaustedError, GuestFaultError
 from kvmmm.hostarch.access import EXECUTE, WRITE
-from kvmmm.mm import pma as pmas
+from kvmmm.mm import backing
 from kvmmm.mm.vma import check_access_locked
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def handle_user_fault(mm: MemoryManager, addr: int, access: int) -> None:
             vma_start, vma_end, vma = check_access_locked(mm, addr, access)
             found = mm.pmas.find(addr)
             if found is None:
-                start, end, pma = pmas.allocate_locked(mm, addr, vma_start, vma_end)
+                start, end, pma = backing.allocate_locked(mm, addr, vma_start, vma_end, vma)
                 counters.pma_insertions += 1
             else:
                 # A pma may reach over vmas of different permissions: map this vma's part.

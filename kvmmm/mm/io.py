@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvmmm.errors import ArenaExhaustedError, GuestFaultError
 from kvmmm.hostarch.access import READ, WRITE
-from kvmmm.mm import pma as pmas
+from kvmmm.mm import backing
 from kvmmm.mm.vma import check_access_locked
 
 if TYPE_CHECKING:
@@ -102,10 +102,10 @@ def _blocks(mm: MemoryManager, addr: int, length_bytes: int, access: int) -> Ite
         # locks.
         with mm.mapping_lock, mm.active_lock:
             try:
-                vma_start, vma_end, _vma = check_access_locked(mm, at, access)
+                vma_start, vma_end, vma = check_access_locked(mm, at, access)
                 found = mm.pmas.find(at)
                 if found is None:
-                    found = pmas.allocate_locked(mm, at, vma_start, vma_end)
+                    found = backing.allocate_locked(mm, at, vma_start, vma_end, vma)
                     mm.unmapped.append(found[:2])
             except GuestFaultError as e:
                 raise GuestFaultError(at, access, mapped=e.mapped, done=done) from None

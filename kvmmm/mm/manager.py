@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from kvmmm.mm import debug, fault, io, mapping, pma, vma
+from kvmmm.mm import backing, debug, fault, io, mapping, pma, vma
+from kvmmm.mm.layout import Layout, Limits
+from kvmmm.mm.window import Home, Window
 
 if TYPE_CHECKING:
     from kvmmm.arena import Arena, Reservation
@@ -51,33 +53,45 @@ class MemoryManager:
         arena: Where private memory comes from.
         address_space: What a CPU uses; addresses up to its `max_addr` can be mapped.
         reservation: Arena offsets for [0, its length), a multiple of 2 MiB up; None takes any.
+        layout: Where mappings without an address of their own go; None is all there is, bottom up.
+        limits: How much may be mapped; None is no limits.
     """
 
     __slots__ = (
-        "active_lock", "address_space", "arena", "counters", "generation", "home", "mapping_lock",
-        "max_addr", "pmas", "unmapped", "vmas", "window",
+        "active_lock", "address_space", "arena", "brk_end", "brk_start", "counters", "data_bytes",
+        "generation", "home", "layout", "limits", "lock_mode", "locked_bytes", "mapping_lock",
+        "max_addr", "max_rss_bytes", "pmas", "unmapped", "vmas", "window",
     )  # fmt: skip
 
     def __init__(
-        self, arena: Arena, address_space: AddressSpace, reservation: Reservation | None = None
-    ) -> None:
+        self, arena: Arena, address_space: AddressSpace, reservation: Reservation | None = None,
+        *, layout: Layout | None = None, limits: Limits | None = None,
+    ) -> None:  # fmt: skip
         self.arena = arena
         self.address_space = address_space
         self.max_addr = address_space.max_addr
+        self.layout = layout or Layout(0, self.max_addr)
+        self.limits = limits or Limits()
         # What may be accessed. Guarded by mapping_lock.
         self.vmas = vma.new_vma_set()
         # Grows with every change of a vma: who derived page tables from vmas can see it. The same.
         self.generation = 0
+        # Where the heap is, and where brk has put its end; what of the vmas is private data, and
+        # what is mlocked; how new vmas are locked (mlockall(MCL_FUTURE)). The same.
+        self.brk_start = self.brk_end = 0
+        self.data_bytes = self.locked_bytes = 0
+        self.lock_mode = vma.LOCK_NONE
         self.mapping_lock = threading.Lock()
         # What is backed. Guarded by active_lock.
         self.pmas = pma.new_pma_set()
-        self.window = pma.Window()
+        self.window = Window()
+        self.max_rss_bytes = 0
         self.counters = Counters()
         # Ranges that copies have backed and no fault has mapped yet. The same.
         self.unmapped: list[tuple[int, int]] = []
         self.active_lock = threading.Lock()
         # Where frames go by preference. Immutable until close.
-        self.home = pma.Home(arena, reservation, 0) if reservation is not None else None
+        self.home = Home(arena, reservation, 0) if reservation is not None else None
 
     mmap = mapping.mmap
     mmap_all = mapping.mmap_all
@@ -97,6 +111,16 @@ class MemoryManager:
     maps = debug.maps
     check_invariants = debug.check_invariants
 
+    @property
+    def usage_bytes(self) -> int:
+        """Bytes of all vmas (VmSize)."""
+        return self.vmas.span_bytes
+
+    @property
+    def rss_bytes(self) -> int:
+        """Bytes of all pmas (VmRSS)."""
+        return self.pmas.span_bytes
+
     def close(self) -> None:
         """Drop all frames and mappings. Idempotent.
 
@@ -104,7 +128,9 @@ class MemoryManager:
             - No CPU uses the address space any more.
         """
         with self.mapping_lock, self.active_lock:
-            pma.remove_locked(self, 0, self.max_addr)
+            removal = pma.Removal()
+            backing.invalidate_locked(self, 0, self.max_addr, removal)
+            removal.run(self)
             self.vmas.clear()
             self.generation += 1
             if self.home is not None:

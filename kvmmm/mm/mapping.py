@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmmm.errors import GuestFaultError, RangeError
-from kvmmm.hostarch.access import ANY_ACCESS, READ
+from kvmmm.hostarch.access import ANY_ACCESS, READ, effective
 from kvmmm.hostarch.addr import PAGE_MASK
-from kvmmm.mm import pma as pmas
+from kvmmm.mm import backing
+from kvmmm.mm.pma import Removal
 from kvmmm.mm.vma import Vma
 
 if TYPE_CHECKING:
@@ -92,8 +93,14 @@ def mprotect(mm: MemoryManager, ar: AddrRange, perms: int) -> None:
         for start, _end in mm.vmas.gaps(ar.start, ar.end):
             raise GuestFaultError(start, perms, mapped=False)
         with mm.active_lock:
-            mm.address_space.unmap(ar)
-        mm.vmas.mutate(ar.start, ar.end, lambda _s, _e, vma: vma.with_perms(perms))
+            mm.address_space.unmap([ar])
+            mm.pmas.mutate(
+                ar.start, ar.end,
+                lambda _s, _e, pma: pma.allowing(
+                    effective(perms), pma.max_perms, need_cow=pma.need_cow
+                ),
+            )  # fmt: skip
+        mm.vmas.mutate(ar.start, ar.end, lambda _s, _e, vma: vma.replaced(perms=perms))
         mm.generation += 1
 
 
@@ -118,7 +125,7 @@ def populate(mm: MemoryManager, ar: AddrRange) -> None:
             else:
                 gap = mm.pmas.find_gap(addr)
                 stop = min(gap[1], end) if gap is not None else end
-                pma = pmas.insert_locked(mm, addr, stop)[2]
+                pma = backing.insert_locked(mm, addr, stop, found[2])[2]
             fr = pma.file_range(addr, stop)
             mm.address_space.map_file(addr, pma.file, fr, found[2].effective_perms)
             addr = stop
@@ -140,6 +147,7 @@ def _check_bounds(mm: MemoryManager, start: int, end: int, perms: int) -> None:
 def _remove_locked(mm: MemoryManager, ar: AddrRange) -> None:
     # Preconditions: mapping_lock is held. Order: translations, then frames, then the vma.
     with mm.active_lock:
-        mm.address_space.unmap(ar)
-        pmas.remove_locked(mm, ar.start, ar.end)
+        removal = Removal()
+        backing.invalidate_locked(mm, ar.start, ar.end, removal)
+        removal.run(mm)
     mm.vmas.remove(ar.start, ar.end)

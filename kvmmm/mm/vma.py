@@ -1,45 +1,98 @@
-"""vmas: which ranges exist, and what each allows."""
+"""vmas: which ranges exist, what each allows, and what lies behind it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvmmm.errors import GuestFaultError
-from kvmmm.hostarch.access import access_str, effective
+from kvmmm.hostarch.access import ANY_ACCESS, WRITE, access_str, effective
 from kvmmm.segment import SegmentSet
 
 if TYPE_CHECKING:
+    from kvmmm.memmap.file import Mappable
     from kvmmm.mm.manager import MemoryManager
+
+LOCK_NONE, LOCK_EAGER, LOCK_LAZY = 0, 1, 2
+"""How a vma is mlocked: not, resident at once, or as pages are touched (MLOCK_ONFAULT)."""
 
 
 class Vma:
-    """What holds for every address of one mapping: private anonymous memory with permissions.
+    """What holds for every address of one mapping.
 
     Immutable and without addresses, so that halves of a split vma share it.
 
     Attributes:
-        perms: Access bits as asked for.
+        perms: Access bits as asked for (gVisor realPerms).
         effective_perms: The same as x86 grants them.
-        name: Shown in maps: `[memory]`, `guest.elf`.
+        max_perms: What mprotect may ever give, and a debugger may use.
+        private: Writes stay here (MAP_PRIVATE).
+        mappable: What lies behind; None for private anonymous memory.
+        delta: Offset in the mappable minus address; 0 without one.
+        grows_down: A guard below it is kept free (MAP_GROWSDOWN).
+        is_stack: MAP_STACK, or the stack itself.
+        lock_mode: LOCK_NONE, LOCK_EAGER or LOCK_LAZY.
+        dontfork: A child does not get it (MADV_DONTFORK).
+        pure_data: No CPU walks or pushes to it, says whoever mapped it: a fork of a guest kernel
+            may share it copy-on-write.
+        name: Shown in maps: `[heap]`, `[image]`.
     """
 
-    __slots__ = ("effective_perms", "name", "perms")
+    __slots__ = (
+        "delta", "dontfork", "effective_perms", "grows_down", "is_stack", "key", "lock_mode",
+        "mappable", "max_perms", "name", "perms", "private", "pure_data",
+    )  # fmt: skip
 
-    def __init__(self, perms: int, name: str = "") -> None:
+    def __init__(
+        self, perms: int, name: str = "", *, max_perms: int = ANY_ACCESS, private: bool = True,
+        mappable: Mappable | None = None, delta: int = 0, grows_down: bool = False,
+        is_stack: bool = False, lock_mode: int = LOCK_NONE, dontfork: bool = False,
+        pure_data: bool = False,
+    ) -> None:  # fmt: skip
         self.perms = perms
         self.effective_perms = effective(perms)
+        self.max_perms = max_perms
+        self.private = private
+        self.mappable = mappable
+        self.delta = delta
+        self.grows_down = grows_down
+        self.is_stack = is_stack
+        self.lock_mode = lock_mode
+        self.dontfork = dontfork
+        self.pure_data = pure_data
         self.name = name
+        # What neighbours must have in common to become one.
+        self.key = (
+            perms, max_perms, private, id(mappable), delta, grows_down, is_stack, lock_mode,
+            dontfork, pure_data, name,
+        )  # fmt: skip
 
-    def with_perms(self, perms: int) -> Vma:
-        """Return this vma with other permissions (mprotect)."""
-        return Vma(perms, self.name)
+    def replaced(self, **changes: Any) -> Vma:  # noqa: ANN401 - the constructor's keywords
+        """Return this vma with some attributes changed."""
+        old: dict[str, Any] = {
+            "perms": self.perms, "name": self.name, "max_perms": self.max_perms,
+            "private": self.private, "mappable": self.mappable, "delta": self.delta,
+            "grows_down": self.grows_down, "is_stack": self.is_stack, "lock_mode": self.lock_mode,
+            "dontfork": self.dontfork, "pure_data": self.pure_data,
+        }  # fmt: skip
+        return Vma(**{**old, **changes})
+
+    @property
+    def is_private_data(self) -> bool:
+        """Whether it counts as data: private, writable, no stack (gVisor isPrivateDataLocked)."""
+        return bool(self.private and self.perms & WRITE and not self.grows_down)
+
+    @property
+    def may_write_back(self) -> bool:
+        """Whether the mappable may be written through it: the `writable` of add_mapping."""
+        return bool(not self.private and self.max_perms & WRITE)
 
     def __repr__(self) -> str:
-        return f"<vma {access_str(self.perms)} {self.name!r}>"
+        kind = "p" if self.private else "s"
+        return f"<vma {access_str(self.perms)}{kind} {self.name!r}>"
 
 
 def _merge(_start: int, _end: int, left: Vma, right: Vma) -> Vma | None:
-    return left if left.perms == right.perms and left.name == right.name else None
+    return left if left is right or left.key == right.key else None
 
 
 def new_vma_set() -> SegmentSet[Vma]:
@@ -55,9 +108,6 @@ def check_access_locked(mm: MemoryManager, addr: int, access: int) -> tuple[int,
 
     Raises:
         GuestFaultError: No vma (`.mapped` false), or it forbids the access (true).
-
-    Source:
-        gVisor mm.getVMAsLocked.
     """
     found = mm.vmas.find(addr)
     if found is None:
@@ -65,3 +115,34 @@ def check_access_locked(mm: MemoryManager, addr: int, access: int) -> tuple[int,
     if access & ~found[2].effective_perms:
         raise GuestFaultError(addr, access, mapped=True)
     return found
+
+
+def usable_end_locked(
+    mm: MemoryManager, start: int, end: int, access: int, *, ignore_permissions: bool = False
+) -> tuple[int, GuestFaultError | None]:
+    """Return how far from `start` the vmas allow `access` without a break, and what ends that.
+
+    Args:
+        mm: The address space.
+        start: Guest address.
+        end: Where to stop; then the error is None.
+        access: What is wanted of every address.
+        ignore_permissions: Ask what could ever be allowed (`max_perms`), as a debugger does.
+
+    Preconditions:
+        - mapping_lock is held.
+
+    Source:
+        gVisor mm.getVMAsLocked.
+    """
+    addr = start
+    while addr < end:
+        found = mm.vmas.find(addr)
+        if found is None:
+            return addr, GuestFaultError(addr, access, mapped=False, done=addr - start)
+        vma = found[2]
+        allowed = effective(vma.max_perms) if ignore_permissions else vma.effective_perms
+        if access & ~allowed:
+            return addr, GuestFaultError(addr, access, mapped=True, done=addr - start)
+        addr = found[1]
+    return end, None

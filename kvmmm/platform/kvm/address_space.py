@@ -17,6 +17,8 @@ from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES, page_down
 from kvmmm.platform.kvm import abi
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvmmm.hostarch.ranges import AddrRange, FileRange
     from kvmmm.platform.base import File
     from kvmmm.platform.kvm.memslot import Memslot
@@ -101,14 +103,15 @@ class MemslotAddressSpace:
     def _n_free(self) -> int:
         return self._slots.limit - len(self._slots)
 
-    def unmap(self, ar: AddrRange) -> None:
-        """Delete the slots in `ar`; what sticks out gets slots of its own while some are free.
+    def unmap(self, ranges: Sequence[AddrRange]) -> None:
+        """Delete the slots in `ranges`; what sticks out gets slots of its own while some are free.
 
         Raises:
             StateError: A vCPU is running.
         """
-        for slot in self._slots.overlapping(ar.start, ar.end):
-            self._cut(slot, ar.start, ar.end)
+        for ar in ranges:
+            for slot in self._slots.overlapping(ar.start, ar.end):
+                self._cut(slot, ar.start, ar.end)
 
     def is_mapped(self, addr: int, access: int) -> bool:
         """Whether a CPU's `access` to this guest-physical address finds a slot that serves it."""
