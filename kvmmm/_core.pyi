@@ -1,7 +1,7 @@
 """Typed face of the compiled core (kvmmm/_native). Import it through `kvmmm.safemem.ffi` only."""
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 ffi: Any  # cffi.FFI; struct members have no static types
 
@@ -12,6 +12,8 @@ class _Lib(Protocol):
         """Call ioctl(2); -errno on failure."""
     def kvmmm_punch_hole(self, fd: int, offset: int, n_bytes: int, /) -> int:
         """Call fallocate(2) with FALLOC_FL_PUNCH_HOLE; -errno on failure."""
+    def kvmmm_drop_pages(self, hva: int, n_bytes: int, /) -> int:
+        """Call madvise(2) with MADV_DONTNEED, or MADV_DONTNEED_LOCKED; -errno on failure."""
     def kvmmm_sync_sregs(self, run: Any, /) -> Any:
         """Struct kvm_sregs in kvm_run's synchronised area."""
     def kvmmm_now_ns(self) -> int:
@@ -20,25 +22,43 @@ class _Lib(Protocol):
         """Install the kick signal's handler; its number, or -errno."""
     def kvmmm_kick_signal(self) -> int:
         """The kick signal's number, 0 before kvmmm_kick_init."""
+    def kvmmm_pt_map(self, t: Any, gva: int, n_bytes: int, gpa: int, flags: int, /) -> int:
+        """Map a range as far as tables allow: KVMMM_PT_* bits. These nine: `pagetable.h`."""
+    def kvmmm_pt_unmap(self, t: Any, gva: int, n_bytes: int, /) -> int: ...
+    def kvmmm_pt_protect(self, t: Any, gva: int, n_bytes: int, flags: int, /) -> int: ...
+    def kvmmm_pt_resume(self, t: Any, /) -> int: ...
+    def kvmmm_pt_lookup(self, t: Any, gva: int, /) -> int: ...
+    def kvmmm_pt_scan(
+        self, t: Any, gva: int, n_bytes: int, max_bytes: int, scan: Any, /
+    ) -> int:
+        """See `pagetable_scan.h`."""
+    def kvmmm_pt_split(self, t: Any, gpa: int, leaf: int, level: int, /) -> None: ...
+    def kvmmm_pt_copy(self, t: Any, dst_gpa: int, src_gpa: int, share: bool, /) -> None: ...
+    def kvmmm_pt_store(self, entry: Any, value: int, /) -> None: ...
+    def kvmmm_pt_count(self, t: Any, gpa: int, level: int, /) -> int: ...
     def memset(self, dst: object, byte: int, n_bytes: int, /) -> object:
         """Fill memory."""
 
 lib: _Lib
 
 class HostMapping:
-    """A shared read-write mapping of a file, at a multiple of `align_bytes`.
+    """A shared mapping of a file, at a multiple of `align_bytes`; read-write, or read-only.
 
     Offers the buffer protocol (format "B"). `close` unmaps, and raises BufferError while a buffer
     on it is held; the mapping also goes with its last reference.
     """
 
-    def __init__(self, fd: int, length_bytes: int, align_bytes: int) -> None: ...
+    def __init__(
+        self, fd: int, length_bytes: int, align_bytes: int, writable: bool = True
+    ) -> None: ...
     @property
     def hva(self) -> int:
         """Host address of the first byte; 0 once closed."""
     @property
     def length_bytes(self) -> int: ...
     def close(self) -> None: ...
+    def sync(self, start: int, end: int, /) -> None:
+        """Call msync(2) with MS_SYNC on page-aligned offsets; OSError on failure."""
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Registers:
@@ -86,6 +106,21 @@ class MmioExit:
     def complete(self, hva: int, /) -> None:
         """Perform the access by hand: bytes from `hva` for a read, to it for a write."""
 
+class PauseGate:
+    """Keeps the vCPUs in `vcpus` (a list that may change) outside KVM_RUN while a `with` lasts.
+
+    From any thread, a vCPU's own handlers among them; nests, and several may last at once. A vCPU
+    in the guest is kicked, waits in C and goes on by itself; its thread's Python notices nothing.
+    A stop or a deadline that comes meanwhile ends its run.
+    """
+
+    def __init__(self, vcpus: Sequence[VcpuCore]) -> None: ...
+    @property
+    def n_pauses(self) -> int:
+        """Pauses that last now."""
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exc: object) -> None: ...
+
 class VcpuCore:
     """A vCPU's descriptor, its kvm_run mapping, its ports and handlers; the KVM_RUN loop.
 
@@ -97,6 +132,12 @@ class VcpuCore:
     on_mmio: Callable[[MmioExit], object] | None
     on_cold: Callable[[int], object] | None
     on_console: Callable[[], object] | None
+    on_fault: Callable[[int, int], object] | None
+    """handler(addr, access): a guest #PF; READ, WRITE or EXECUTE of a guest-virtual address."""
+    on_trap: Callable[[int, int], object] | None
+    """handler(vector, error_code): any other exception; the code is 0 where there is none."""
+    on_syscall: Callable[[int], object] | None
+    """handler(number): SYSCALL, arguments in `regs`; an int answer goes to rax."""
     timed: bool
     handler_failed: bool
     def __init__(self, fd: int, run_bytes: int) -> None: ...
@@ -116,8 +157,152 @@ class VcpuCore:
         """Run until a handler answers; a negative int is -enum kvmmm_stop."""
     def once(self, timeout_ns: int, /) -> object:
         """Run to the next exit: IoExit, MmioExit, an exit reason, or -enum kvmmm_stop."""
+    def complete_pending(self) -> object:
+        """Complete what the last exit left pending, serving further accesses with the handlers.
+
+        Nothing of the guest's program runs. None when nothing is pending any more; else an exit
+        that nobody handles (answer it, call again), or a handler's answer. RuntimeError on another
+        thread than the one that runs the vCPU, and in the handler of an access not answered yet.
+        """
+    def set_root(self, gpa: int, /) -> None:
+        """Have the vCPU walk from the root table at `gpa`; from any thread.
+
+        When this returns it no longer uses the old one: it is outside KVM_RUN, or has been made to
+        leave it, and loads the new one, in C, before it enters again.
+        """
+    def set_trap_area(self, stubs_gva: int, stack_top_hva: int, /) -> None:
+        """Say where the 256 exception stubs lie, and the top of the stack that they enter on.
+
+        For ports of kind KVMMM_PORT_KIND_TRAP. From then on special registers come with every exit.
+        """
+    def set_syscall_stub(self, gva: int, /) -> None:
+        """Say which instruction alone may use a port of kind KVMMM_PORT_KIND_SYSCALL."""
+    def set_gate(self, gate: PauseGate, /) -> None:
+        """Belong to the vCPUs that `gate` pauses."""
+    def set_tss_type(self, descriptor_type: int, /) -> None:
+        """Have TR loaded with this type whenever special registers are (9 or 11)."""
+    def fetch_sregs(self) -> None:
+        """Bring the special registers in kvm_run's area up to date, by ioctl where needed."""
+    def sregs_written(self, with_root: bool, /) -> None:
+        """Load what was written to kvm_run's special registers at the next run.
+
+        Without `with_root`, a root that `set_root` named and no KVM_RUN has loaded still counts.
+        """
+    def registers_replaced(self, with_general: bool, /) -> None:
+        """Bring kvm_run's area up to date after special registers, or all, were set by ioctl."""
     def stop(self) -> None: ...
     def console_take(self) -> bytes: ...
-    def set_console(self, shared_hva: int, ring_hva: int, ring_bytes: int, /) -> None: ...
+    def set_console(
+        self, shared_hva: int, ring_hva: int, ring_bytes: int, tail: int = 0, /
+    ) -> None: ...
     def set_coalesced(self, page: int, /) -> None: ...
     def statistics(self) -> dict[str, Any]: ...
+
+V = TypeVar("V")
+
+class SegmentSet(Generic[V]):
+    """Ordered set of disjoint half-open segments [start, end), each with a value.
+
+    Addresses are plain ints in [0, 2**64]; a segment is a plain tuple (start, end, value). Not
+    thread-safe: the owner's lock covers it. Do not change a set while iterating over it: nothing
+    breaks, but what the iterator gives then is not promised.
+
+    A value is never None. `merge` and `split` should not raise: the exception comes out, and what
+    was to be done is not done, or (`mutate`, `isolate`, `merge_range`) done in part. They may look
+    at the set, which is as it was before; changing it is a RuntimeError.
+
+    Args:
+        merge: `merge(start1, end1, value1, value2)` decides whether two adjacent segments, the
+            first [start1, end1) and the second starting at end1, become one: the value of both,
+            or None for no. Without it nothing is merged.
+        split: `split(start, end, value, at)` gives the values of [start, at) and [at, end).
+            Without it both keep the value.
+        block_max: Segments in a block at most. Smaller only in tests, which so see more blocks.
+    """
+
+    def __init__(
+        self,
+        merge: Callable[[int, int, V, V], V | None] | None = None,
+        split: Callable[[int, int, V, int], tuple[V, V]] | None = None,
+        *,
+        block_max: int = 256,
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[int, int, V]]: ...
+    @property
+    def span_bytes(self) -> int:
+        """Sum of the segments' lengths."""
+    @property
+    def block_count(self) -> int:
+        """Blocks that the segments lie in; for tests."""
+    @staticmethod
+    def merge_equal(start1: int, end1: int, value1: V, value2: V, /) -> V | None:
+        """Unite equal neighbours: a `merge` that a set recognises and need not call (`==`)."""
+    def find(self, addr: int, /) -> tuple[int, int, V] | None:
+        """Return the segment that covers `addr`."""
+    def find_value(self, addr: int, /) -> V | None:
+        """Return the value of the segment that covers `addr`; the cheapest lookup."""
+    def lower_bound(self, addr: int, /) -> tuple[int, int, V] | None:
+        """Return the segment that covers `addr`, or else the first one after it."""
+    def next_segment(self, addr: int, /) -> tuple[int, int, V] | None:
+        """Return the first segment that starts at or after `addr`."""
+    def prev_segment(self, addr: int, /) -> tuple[int, int, V] | None:
+        """Return the last segment that ends at or before `addr`."""
+    def segments(self, start: int = 0, end: int = ..., /) -> Iterator[tuple[int, int, V]]:
+        """Iterate over the segments that overlap [start, end), whole, in order."""
+    def gaps(self, start: int = 0, end: int = ..., /) -> Iterator[tuple[int, int]]:
+        """Iterate over the largest sub-ranges of [start, end) that no segment covers, in order."""
+    def find_gap(self, addr: int, /) -> tuple[int, int] | None:
+        """Return the largest range around `addr` that no segment covers; None if one covers it."""
+    def find_large_gap(
+        self,
+        start: int,
+        end: int,
+        length_bytes: int,
+        /,
+        *,
+        align_bytes: int = 4096,
+        top_down: bool = False,
+    ) -> int | None:
+        """Return where an aligned place of that length lies in [start, end) and in no segment.
+
+        The lowest one, or with `top_down` the highest. Blocks whose longest gap (kept with each,
+        computed again after a change) is shorter are passed at one step each.
+
+        Args:
+            start: First address that the place may have.
+            end: One past its last.
+            length_bytes: Its length.
+            align_bytes: A power of two of which its address is a multiple.
+            top_down: Whether to look for the highest.
+
+        Raises:
+            ValueError: The length is not above zero, or the alignment no power of two.
+
+        Source: gVisor pkg/segment, NextLargeEnoughGap and PrevLargeEnoughGap.
+        """
+    def insert(self, start: int, end: int, value: V, /) -> None:
+        """Add [start, end), merged with its neighbours where `merge` wants it.
+
+        Raises:
+            RangeError: It is empty, or overlaps a segment; nothing changed.
+        """
+    def remove(self, start: int, end: int, /) -> list[tuple[int, int, V]]:
+        """Remove [start, end), cutting segments across its edges; return what went, in order."""
+    def isolate(self, start: int, end: int, /) -> None:
+        """Cut the segments across `start` and `end`, so that none crosses either."""
+    def mutate(self, start: int, end: int, change: Callable[[int, int, V], V], /) -> None:
+        """Give every segment in [start, end) the value `change(start, end, value)`, then merge.
+
+        Segments across the edges are cut first. When `change` raises, no value has changed.
+        """
+    def merge_range(self, start: int, end: int, /) -> None:
+        """Merge adjacent segments that meet in [start, end], where `merge` wants it."""
+    def clear(self) -> None:
+        """Remove everything."""
+    def check_invariants(self) -> None:
+        """Check order, disjointness, counters and longest gaps; for tests and debugging.
+
+        Raises:
+            AssertionError: The set is damaged.
+        """

@@ -4,3 +4,5 @@
 #include <sys/mman.h>
 #include "core.h"
 #include "floor.h"
+#include "pagetable.h"
+#include "pagetable_scan.h"

@@ -98,4 +98,28 @@ int64_t kvmmm_floor_start(const struct kvmmm_floor_recipe *recipe, struct kvmmm_
 /* Returns the time that releasing everything takes. */
 int64_t kvmmm_floor_close(struct kvmmm_floor_machine *m);
 
+/* ---- floor_fault.c: #PF in ring 3, a page-table entry, resume ---------------------------------- */
+
+struct kvmmm_floor_faults {
+    int vcpu_fd;
+    struct kvm_run *run;
+    uint16_t trap_port, mark_port; /* of the exception stubs; of the guest's end */
+    uint8_t tss_type;
+    uintptr_t stack_top_hva;     /* the ring-0 stack under which the CPU pushes */
+    uint64_t gva, n_pages;       /* where the guest touches, a multiple of 2 MiB, and how far it goes */
+    uint64_t stride_pages;       /* it touches one page in so many; frames are given without gaps */
+    const uintptr_t *tables_hva; /* the level-1 tables over it, one for each 512 pages */
+    uint64_t first_pte;          /* of the first page touched; the others follow it frame by frame */
+    int copy_fd;                 /* >= 0: fill each page's new frame by pwrite first */
+    uintptr_t copy_src_hva;
+    uint64_t copy_offset;
+};
+
+/* Run to the `out` to mark_port, serving every fault; returns ns. */
+int64_t kvmmm_floor_serve_faults(const struct kvmmm_floor_faults *f, int64_t timeout_ns, uint64_t *n_faults);
+
+/* Look every address up among @p n ascending starts by binary search; returns ns, and the sum of what was
+ * found so that nothing is optimised away. */
+int64_t kvmmm_floor_find(const uint64_t *starts, size_t n, const uint64_t *addrs, size_t n_addrs, uint64_t *sum_ret);
+
 #endif /* KVMMM_FLOOR_H */

@@ -39,7 +39,7 @@ function(kvmmm_guest name script)
   install(TARGETS ${target} DESTINATION kvmmm/_guests)
 endfunction()
 
-foreach(name IN ITEMS args echo hello hog jump nox null qemu ro sieve spin touch traps triple)
+foreach(name IN ITEMS args echo hello hog jump nox null qemu ro sieve spin touch traps trees triple)
   kvmmm_guest(${name} link.ld ${name}/main.c)
 endforeach()
 
@@ -54,5 +54,37 @@ foreach(name IN ITEMS pio console touch)
 endforeach()
 kvmmm_guest(bench_first bench/first/first.ld bench/first/main.S)
 target_link_options(guest_bench_first PRIVATE -s) # symbols would be most of the file
+
+# Programs for ring 3: static Linux programs without a libc. What printf, report and options need of
+# the guest library is built anew, as any program is: vector registers, a red zone, no fixed address.
+add_library(guest_user_library STATIC
+  "${guest_dir}/user/lib/start.S" "${guest_dir}/user/lib/start.c" "${guest_dir}/lib/printf.c"
+  "${guest_dir}/lib/report.c" "${guest_dir}/lib/args.c" "${guest_dir}/lib/mem.c")
+target_include_directories(guest_user_library PUBLIC
+  "${guest_dir}/user/lib" "${guest_dir}/include" "${guest_dir}/lib")
+target_compile_definitions(guest_user_library PUBLIC KVMMM_HOSTED)
+target_compile_options(guest_user_library PUBLIC
+  -O2 -g -ffreestanding -fPIE -fno-stack-protector -fcf-protection=none
+  -fno-asynchronous-unwind-tables -fno-lto -ffunction-sections -fdata-sections
+  "-ffile-prefix-map=${guest_dir}=guest" "-ffile-prefix-map=${CMAKE_BINARY_DIR}=." -Wall -Wextra)
+
+# kvmmm_user_guest(NAME LINK_OPTION...): guest/user/NAME/main.c, built as user_NAME.elf.
+function(kvmmm_user_guest name)
+  set(target "guest_user_${name}")
+  add_executable(${target} "${guest_dir}/user/${name}/main.c")
+  target_link_libraries(${target} PRIVATE guest_user_library)
+  target_link_options(${target} PRIVATE
+    -nostdlib ${ARGN} -fno-lto -Wl,--build-id=none -Wl,-z,noexecstack -Wl,-z,max-page-size=4096
+    -Wl,-z,separate-code -Wl,--gc-sections)
+  set_target_properties(${target} PROPERTIES
+    OUTPUT_NAME "user_${name}" SUFFIX .elf LINKER_LANGUAGE C
+    RUNTIME_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/guests")
+  install(TARGETS ${target} DESTINATION kvmmm/_guests)
+endfunction()
+
+foreach(name IN ITEMS fault fork hello mmap syscalls)
+  kvmmm_user_guest(${name} -static -no-pie)
+endforeach()
+kvmmm_user_guest(stack -static-pie -Wl,--no-dynamic-linker)
 
 install(FILES "${guest_dir}/manifest.toml" DESTINATION kvmmm/_guests)

@@ -9,23 +9,26 @@ struct py_mapping {
     uint8_t *base; /* NULL once closed */
     Py_ssize_t n_bytes;
     Py_ssize_t n_exports;
+    int readonly;
 };
 
 PyTypeObject *py_mapping_type;
 
 static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"fd", "length_bytes", "align_bytes", NULL};
-    int fd;
+    static char *names[] = {"fd", "length_bytes", "align_bytes", "writable", NULL};
+    int fd, writable = 1;
     Py_ssize_t n_bytes, align_bytes;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "inn", names, &fd, &n_bytes, &align_bytes))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "inn|p", names, &fd, &n_bytes, &align_bytes,
+                                     &writable))
         return NULL;
     if (n_bytes <= 0 || align_bytes <= 0 || (align_bytes & (align_bytes - 1))) {
         PyErr_SetString(PyExc_ValueError, "length must be above zero, alignment a power of two");
         return NULL;
     }
     uintptr_t hva = 0;
-    int rc = kvmmm_map_shared_aligned(fd, (size_t)n_bytes, (size_t)align_bytes, &hva);
+    int rc = (writable ? kvmmm_map_shared_aligned : kvmmm_map_readonly_aligned)(
+        fd, (size_t)n_bytes, (size_t)align_bytes, &hva);
     if (rc) {
         errno = -rc;
         return PyErr_SetFromErrno(PyExc_OSError);
@@ -38,6 +41,7 @@ static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     }
     self->base = (uint8_t *)hva;
     self->n_bytes = n_bytes;
+    self->readonly = !writable;
     return (PyObject *)self;
 }
 
@@ -64,7 +68,7 @@ static int mapping_getbuffer(PyObject *op, Py_buffer *view, int flags)
         PyErr_SetString(PyExc_ValueError, "the mapping is closed");
         return -1;
     }
-    if (PyBuffer_FillInfo(view, op, self->base, self->n_bytes, 0, flags))
+    if (PyBuffer_FillInfo(view, op, self->base, self->n_bytes, self->readonly, flags))
         return -1;
     self->n_exports++;
     return 0;
@@ -87,6 +91,29 @@ static PyObject *mapping_close(PyObject *op, PyObject *ignored)
     Py_RETURN_NONE;
 }
 
+static PyObject *mapping_sync(PyObject *op, PyObject *args)
+{
+    struct py_mapping *self = (struct py_mapping *)op;
+    Py_ssize_t start, end;
+    if (!PyArg_ParseTuple(args, "nn", &start, &end))
+        return NULL;
+    if (!self->base || start < 0 || end < start || end > self->n_bytes) {
+        PyErr_SetString(PyExc_ValueError, "the range is outside the mapping, or that is closed");
+        return NULL;
+    }
+    self->n_exports++; /* stays mapped meanwhile */
+    int rc;
+    Py_BEGIN_ALLOW_THREADS
+    rc = msync(self->base + start, (size_t)(end - start), MS_SYNC) ? errno : 0;
+    Py_END_ALLOW_THREADS
+    self->n_exports--;
+    if (rc) {
+        errno = rc;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    Py_RETURN_NONE;
+}
+
 static PyObject *mapping_get_hva(PyObject *op, void *closure)
 {
     return PyLong_FromSize_t((size_t)((struct py_mapping *)op)->base);
@@ -99,6 +126,7 @@ static PyObject *mapping_get_length(PyObject *op, void *closure)
 
 static PyMethodDef mapping_methods[] = {
     {"close", mapping_close, METH_NOARGS, "Unmap; BufferError while a buffer on it is held."},
+    {"sync", mapping_sync, METH_VARARGS, "Write [start, end) back to the file's storage, and wait."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -4,6 +4,10 @@
  * and a handler's answer other than None ends the run and becomes its result. The GIL is released
  * around KVM_RUN only.
  */
+#define _GNU_SOURCE 1
+#include <stdarg.h>
+#include <unistd.h>
+
 #include "py.h"
 
 /* An IN handler's answer goes to the guest; None reads as ones, like a port where nobody is. */
@@ -33,9 +37,10 @@ static PyObject *call_value_handler(struct py_vcpu *self, PyObject *handler, PyO
         return rc ? NULL : Py_NewRef(Py_None);
     }
     PyObject *result = Py_NewRef(Py_None);
-    for (uint32_t i = 0; i < run->io.count && result == Py_None; i++) {
+    uint32_t count = run->io.count, size_bytes = run->io.size;
+    for (uint32_t i = 0; i < count && result == Py_None; i++) {
         uint32_t bits = 0;
-        memcpy(&bits, (uint8_t *)run + run->io.data_offset + i * run->io.size, run->io.size);
+        memcpy(&bits, (uint8_t *)run + run->io.data_offset + i * size_bytes, size_bytes);
         PyObject *value = PyLong_FromUnsignedLong(bits);
         Py_DECREF(result);
         if (!value)
@@ -90,18 +95,33 @@ static PyObject *call_console_handler(struct py_vcpu *self)
     return result;
 }
 
-/* KVM_RUN itself failed: IoctlError, which the layer above us defines and everybody above expects. */
-static PyObject *raise_run_failed(struct kvmmm_vcpu *v, int err)
+/* An error which the layer above us defines and everybody above expects. */
+static PyObject *raise_error(const char *name, PyObject *args)
 {
-    PyObject *errors = PyImport_ImportModule("kvmmm.errors");
-    PyObject *type = errors ? PyObject_GetAttrString(errors, "IoctlError") : NULL;
-    PyObject *error = type ? PyObject_CallFunction(type, "ssi", "KVM_RUN", "", err) : NULL;
+    PyObject *errors = args ? PyImport_ImportModule("kvmmm.errors") : NULL;
+    PyObject *type = errors ? PyObject_GetAttrString(errors, name) : NULL;
+    PyObject *error = type ? PyObject_CallObject(type, args) : NULL;
     if (error)
         PyErr_SetObject(type, error);
     Py_XDECREF(error);
     Py_XDECREF(type);
     Py_XDECREF(errors);
+    Py_XDECREF(args);
     return NULL;
+}
+
+PyObject *py_raise_ioctl_error(const char *ioctl, int err)
+{
+    return raise_error("IoctlError", Py_BuildValue("(ssi)", ioctl, "", err));
+}
+
+PyObject *py_raise_vcpu_error(const char *format, ...)
+{
+    va_list facts;
+    va_start(facts, format);
+    PyObject *text = PyUnicode_FromFormatV(format, facts);
+    va_end(facts);
+    return raise_error("VcpuError", text ? Py_BuildValue("(N)", text) : NULL);
 }
 
 static PyObject *serve_event(struct py_vcpu *self, int event)
@@ -110,6 +130,10 @@ static PyObject *serve_event(struct py_vcpu *self, int event)
     switch (event) {
     case KVMMM_EV_IO:
         return call_port_handler(self);
+    case KVMMM_EV_TRAP:
+        return py_vcpu_serve_trap(self);
+    case KVMMM_EV_SYSCALL:
+        return py_vcpu_serve_syscall(self);
     case KVMMM_EV_MMIO:
         return call_or_return(self->on_mmio, py_mmio_exit_of(self));
     case KVMMM_EV_CONSOLE:
@@ -124,7 +148,7 @@ static PyObject *serve_event(struct py_vcpu *self, int event)
     case KVMMM_EV_COLD:
         return call_or_return(self->on_cold, PyLong_FromUnsignedLong(v->run->exit_reason));
     default:
-        return raise_run_failed(v, -event);
+        return py_raise_ioctl_error("KVM_RUN", -event);
     }
 }
 
@@ -150,7 +174,8 @@ static PyObject *run_until(PyObject *op, PyObject *timeout, bool once)
         event = kvmmm_vcpu_enter(v);
         Py_END_ALLOW_THREADS
         Py_DECREF(result);
-        if (once && event == KVMMM_EV_IO)
+        self->serving = event;
+        if (once && (event == KVMMM_EV_IO || event == KVMMM_EV_TRAP || event == KVMMM_EV_SYSCALL))
             result = py_io_exit_of(self);
         else if (once && event == KVMMM_EV_MMIO)
             result = py_mmio_exit_of(self);
@@ -158,6 +183,7 @@ static PyObject *run_until(PyObject *op, PyObject *timeout, bool once)
             result = PyLong_FromUnsignedLong(v->run->exit_reason);
         else
             result = serve_event(self, event);
+        self->serving = 0;
         self->handler_failed = !result && event != KVMMM_EV_TICK && event > 0;
     }
     kvmmm_vcpu_end(v);
@@ -166,3 +192,42 @@ static PyObject *run_until(PyObject *op, PyObject *timeout, bool once)
 
 PyObject *py_vcpu_run(PyObject *op, PyObject *timeout) { return run_until(op, timeout, false); }
 PyObject *py_vcpu_once(PyObject *op, PyObject *timeout) { return run_until(op, timeout, true); }
+
+/* Whether the access of the exit whose handler runs is still to be answered: it goes by kvm_run. */
+static bool is_half_done(struct py_vcpu *self)
+{
+    return self->serving == KVMMM_EV_MMIO ||
+           (self->serving == KVMMM_EV_IO && self->v->run->io.direction == KVM_EXIT_IO_IN);
+}
+
+/* complete_pending(): None when nothing is pending any more, else what nobody handles, or a handler's
+ * answer. Within a handler (of an OUT, a trap, a system call), or while nothing runs. */
+PyObject *py_vcpu_complete_pending(PyObject *op, PyObject *ignored)
+{
+    struct py_vcpu *self = (struct py_vcpu *)op;
+    struct kvmmm_vcpu *v = py_vcpu_state(self);
+    if (!v)
+        return NULL;
+    int here = gettid(), tid = atomic_load(&v->tid), serving = self->serving;
+    if ((tid && tid != here) || is_half_done(self)) {
+        PyErr_SetString(PyExc_RuntimeError, tid == here ? "the access at hand is not answered yet"
+                                                        : "the vCPU is running already");
+        return NULL;
+    }
+    atomic_store(&v->tid, here); /* nobody else may run it meanwhile */
+    PyObject *result = Py_NewRef(Py_None);
+    while (result == Py_None) {
+        int event;
+        Py_BEGIN_ALLOW_THREADS
+        event = kvmmm_vcpu_complete(v);
+        Py_END_ALLOW_THREADS
+        if (!event)
+            break;
+        Py_DECREF(result);
+        self->serving = event;
+        result = serve_event(self, event);
+    }
+    self->serving = serving;
+    atomic_store(&v->tid, tid);
+    return result;
+}

@@ -61,6 +61,9 @@ static int vcpu_init(PyObject *op, PyObject *args, PyObject *kwargs)
     v->fd = fd;
     v->run_bytes = (size_t)run_bytes;
     v->run->kvm_valid_regs = KVM_SYNC_X86_REGS;
+    v->gate = &v->own_gate;
+    v->tss_type = 11; /* busy, as VMX wants it */
+    v->sregs_asked = UINT64_MAX;
     self->v = v;
     return 0;
 }
@@ -78,6 +81,12 @@ static int vcpu_clear(PyObject *op)
     Py_CLEAR(self->on_mmio);
     Py_CLEAR(self->on_cold);
     Py_CLEAR(self->on_console);
+    Py_CLEAR(self->on_fault);
+    Py_CLEAR(self->on_trap);
+    Py_CLEAR(self->on_syscall);
+    if (self->v)
+        self->v->gate = &self->v->own_gate;
+    Py_CLEAR(self->gate);
     for (uint32_t i = 0; self->v && i < self->v->n_ports; i++) {
         PyObject *handler = self->v->ports[i].handler;
         self->v->ports[i].handler = NULL;
@@ -95,6 +104,10 @@ static int vcpu_traverse(PyObject *op, visitproc visit, void *arg)
     Py_VISIT(self->on_mmio);
     Py_VISIT(self->on_cold);
     Py_VISIT(self->on_console);
+    Py_VISIT(self->on_fault);
+    Py_VISIT(self->on_trap);
+    Py_VISIT(self->on_syscall);
+    Py_VISIT(self->gate);
     for (uint32_t i = 0; self->v && i < self->v->n_ports; i++)
         Py_VISIT((PyObject *)self->v->ports[i].handler);
     return 0;
@@ -133,6 +146,11 @@ static PyObject *vcpu_close(PyObject *op, PyObject *ignored)
     if (self->v && atomic_load(&self->v->tid)) {
         PyErr_SetString(PyExc_RuntimeError, "the vCPU is running: stop it first");
         return NULL;
+    }
+    while (self->v && self->v->n_pins) { /* a pause is looking whether it has left: it has */
+        Py_BEGIN_ALLOW_THREADS
+        usleep(100);
+        Py_END_ALLOW_THREADS
     }
     release(self);
     Py_RETURN_NONE;
@@ -178,60 +196,6 @@ static PyObject *vcpu_stop(PyObject *op, PyObject *ignored)
     if (!v)
         return NULL;
     kvmmm_vcpu_stop(v);
-    Py_RETURN_NONE;
-}
-
-static PyObject *vcpu_console_take(PyObject *op, PyObject *ignored)
-{
-    struct kvmmm_vcpu *v = state_of(op);
-    if (!v)
-        return NULL;
-    int64_t pending = kvmmm_console_pending(&v->console);
-    if (pending == 0)
-        return PyBytes_FromStringAndSize(NULL, 0);
-    PyObject *bytes = pending > 0 ? PyBytes_FromStringAndSize(NULL, pending) : NULL;
-    if (pending > 0 && !bytes)
-        return NULL;
-    int64_t n = pending < 0 ? pending
-                            : kvmmm_console_take(&v->console, (uint8_t *)PyBytes_AsString(bytes), pending);
-    if (n < 0) {
-        Py_XDECREF(bytes);
-        return py_raise_errno((int)-n);
-    }
-    if (n == pending)
-        return bytes;
-    /* Between the two calls the guest may have taken its head back (several vCPUs, a wild write). */
-    PyObject *fewer = PyBytes_FromStringAndSize(PyBytes_AsString(bytes), n);
-    Py_DECREF(bytes);
-    return fewer;
-}
-
-/* set_console(shared_hva, ring_hva, ring_bytes) */
-static PyObject *vcpu_set_console(PyObject *op, PyObject *args)
-{
-    struct kvmmm_vcpu *v = state_of(op);
-    Py_ssize_t shared, ring;
-    unsigned int ring_bytes;
-    if (!v || !PyArg_ParseTuple(args, "nnI", &shared, &ring, &ring_bytes))
-        return NULL;
-    v->console.shared = (struct kvmmm_console *)shared;
-    v->console.ring = (const uint8_t *)ring;
-    v->console.ring_bytes = ring_bytes;
-    Py_RETURN_NONE;
-}
-
-/* set_coalesced(page): the ring that KVM keeps for the VM, that many pages into our mapping. */
-static PyObject *vcpu_set_coalesced(PyObject *op, PyObject *page_object)
-{
-    struct kvmmm_vcpu *v = state_of(op);
-    size_t offset = PyLong_AsSize_t(page_object) * 4096;
-    if (!v || PyErr_Occurred())
-        return NULL;
-    if (offset + 4096 > v->run_bytes)
-        return py_raise_errno(EINVAL);
-    v->console.coalesced_max = (4096 - sizeof(struct kvm_coalesced_mmio_ring)) / sizeof(struct kvm_coalesced_mmio);
-    v->console.coalesced = (struct kvm_coalesced_mmio_ring *)((uint8_t *)v->run + offset);
-    kvmmm_vcpu_poll_console(v);
     Py_RETURN_NONE;
 }
 
@@ -294,7 +258,7 @@ static PyObject *get_is_stopping(PyObject *op, void *closure)
 static PyObject *get_in_guest(PyObject *op, void *closure)
 {
     struct kvmmm_vcpu *v = ((struct py_vcpu *)op)->v;
-    return PyBool_FromLong(v && atomic_load(&v->in_guest));
+    return PyBool_FromLong(v && atomic_load(&v->where) == KVMMM_INSIDE);
 }
 
 static PyObject *get_timed(PyObject *op, void *closure)
@@ -317,10 +281,23 @@ static PyMethodDef vcpu_methods[] = {
     {"set_port", vcpu_set_port, METH_VARARGS, "Give a port a kind and a handler."},
     {"run", py_vcpu_run, METH_O, "Run until a handler answers; timeout in ns, 0 for none."},
     {"once", py_vcpu_once, METH_O, "Run until the next exit; timeout in ns, 0 for none."},
+    {"complete_pending", py_vcpu_complete_pending, METH_NOARGS,
+     "Complete what the last exit left pending, with the handlers, without running the guest."},
+    {"set_root", py_vcpu_set_root, METH_O, "Have CR3 be this guest-physical address; any thread."},
+    {"set_gate", py_vcpu_set_gate, METH_O, "Belong to a PauseGate."},
+    {"set_tss_type", py_vcpu_set_tss_type, METH_O, "The type that TR is loaded with."},
+    {"set_trap_area", py_vcpu_set_trap_area, METH_VARARGS,
+     "Where the exception stubs lie (gva), and the top of the ring-0 stack (hva)."},
+    {"set_syscall_stub", py_vcpu_set_syscall_stub, METH_O, "Where the SYSCALL stub lies (gva)."},
+    {"fetch_sregs", py_vcpu_fetch_sregs, METH_NOARGS, "Bring kvm_run's special registers up to date."},
+    {"sregs_written", py_vcpu_sregs_written, METH_O,
+     "kvm_run's special registers were written: load them at the next run."},
+    {"registers_replaced", py_vcpu_registers_replaced, METH_O,
+     "KVM's registers were set by ioctl: bring kvm_run's up to date."},
     {"stop", vcpu_stop, METH_NOARGS, "Ask the vCPU to stop, from any thread."},
-    {"console_take", vcpu_console_take, METH_NOARGS, "What the guest printed since the last call."},
-    {"set_console", vcpu_set_console, METH_VARARGS, "Where the shared console ring lies."},
-    {"set_coalesced", vcpu_set_coalesced, METH_O, "Page of kvm_run's mapping with KVM's ring."},
+    {"console_take", py_vcpu_console_take, METH_NOARGS, "What the guest printed since the last call."},
+    {"set_console", py_vcpu_set_console, METH_VARARGS, "Where the shared console ring lies."},
+    {"set_coalesced", py_vcpu_set_coalesced, METH_O, "Page of kvm_run's mapping with KVM's ring."},
     {"statistics", vcpu_statistics, METH_NOARGS, "Counts and times so far, as a dict."},
     {NULL, NULL, 0, NULL},
 };
@@ -330,6 +307,9 @@ static PyMemberDef vcpu_members[] = {
     {"on_mmio", T_OBJECT, offsetof(struct py_vcpu, on_mmio), 0, "handler(MmioExit)."},
     {"on_cold", T_OBJECT, offsetof(struct py_vcpu, on_cold), 0, "handler(exit_reason)."},
     {"on_console", T_OBJECT, offsetof(struct py_vcpu, on_console), 0, "handler(): drain it."},
+    {"on_fault", T_OBJECT, offsetof(struct py_vcpu, on_fault), 0, "handler(addr, access): #PF."},
+    {"on_trap", T_OBJECT, offsetof(struct py_vcpu, on_trap), 0, "handler(vector, error_code)."},
+    {"on_syscall", T_OBJECT, offsetof(struct py_vcpu, on_syscall), 0, "handler(number); rax."},
     {"handler_failed", T_BOOL, offsetof(struct py_vcpu, handler_failed), READONLY,
      "Whether the last run ended by an exception of a handler, with its access half done."},
     {NULL, 0, 0, 0, NULL},

@@ -61,6 +61,12 @@ static int serve_io(struct kvmmm_vcpu *v)
     case KVMMM_PORT_KIND_EXIT:
     case KVMMM_PORT_KIND_VALUE:
         return KVMMM_EV_IO;
+    case KVMMM_PORT_KIND_TRAP:
+        return KVMMM_EV_TRAP;
+    case KVMMM_PORT_KIND_SYSCALL:
+        if (out && kvmmm_vcpu_is_syscall(v))
+            return KVMMM_EV_SYSCALL;
+        break;
     case KVMMM_PORT_KIND_DOORBELL:
         if (!out)
             memset(data, 0xff, n_bytes);
@@ -76,12 +82,13 @@ static int serve_io(struct kvmmm_vcpu *v)
         }
         return kvmmm_console_put(&v->console, data, n_bytes) ? KVMMM_EV_CONSOLE : 0;
     default:
-        /* Nobody there: a PC's bus reads as ones and swallows writes. */
-        v->n_ignored_ports++;
-        if (!out)
-            memset(data, 0xff, n_bytes);
-        return 0;
+        break;
     }
+    /* Nobody there: a PC's bus reads as ones and swallows writes. */
+    v->n_ignored_ports++;
+    if (!out)
+        memset(data, 0xff, n_bytes);
+    return 0;
 }
 
 /* Set the timer for the next tick, or for the deadline if that comes first. It repeats, since a signal
@@ -99,68 +106,115 @@ static int arm(struct kvmmm_vcpu *v)
     return timer_settime(v->timer, 0, &when, NULL) ? -errno : 0;
 }
 
-/* KVM_RUN said EINTR: a stop, the deadline, a tick, or a signal that is not for us. */
-static int serve_interrupt(struct kvmmm_vcpu *v)
+bool kvmmm_vcpu_take_stop(struct kvmmm_vcpu *v)
 {
-    v->n_interrupted++;
     /* Taken exactly once. One that comes after the exchange is seen by the next enter, which sets
-     * immediate_exit anew. A stop whose second half (kvmmm_vcpu_stop) comes after it costs one more
-     * tick: immediate_exit is cleared whatever is found. */
-    v->run->immediate_exit = 0;
+     * immediate_exit anew. */
     uint32_t stop = atomic_exchange(&v->stop, KVMMM_STOP_NONE);
     if (!stop && v->deadline_ns && kvmmm_now_ns() >= v->deadline_ns)
         stop = KVMMM_STOP_DEADLINE;
-    if (!stop) {
-        v->needs_arming = true;
-        return KVMMM_EV_TICK;
-    }
-    /* Nothing is pending now: KVM completes the last exit before it looks at immediate_exit. */
+    if (!stop)
+        return false;
     v->stop_reason = stop;
     v->deadline_ns = 0;
-    return KVMMM_EV_STOPPED;
+    return true;
+}
+
+/* KVM_RUN said EINTR: a stop, the deadline, a tick, a pause (0: Python need not know), or a signal that
+ * is not for us. Nothing is pending now: KVM completes the last exit before it looks at immediate_exit. */
+static int serve_interrupt(struct kvmmm_vcpu *v)
+{
+    v->n_interrupted++;
+    unsigned signals = kvmmm_signals_take();
+    bool is_ours = (signals & KVMMM_SIGNAL_KICK) || v->run->immediate_exit;
+    v->run->immediate_exit = 0;
+    if (kvmmm_vcpu_take_stop(v))
+        return KVMMM_EV_STOPPED;
+    /* The second half of a stop or of a pause may come after its first half was answered. */
+    if (is_ours && !(signals & KVMMM_SIGNAL_TICK))
+        return 0;
+    v->needs_arming = true;
+    return KVMMM_EV_TICK;
+}
+
+/* KVM_RUN said 0. 0: done, go on running; otherwise an event for Python. */
+static int serve_exit(struct kvmmm_vcpu *v)
+{
+    uint32_t reason = v->run->exit_reason;
+    v->exits[reason < KVMMM_N_REASONS ? reason : KVMMM_N_REASONS - 1]++;
+    if (reason == KVM_EXIT_IO)
+        return serve_io(v);
+    return reason == KVM_EXIT_MMIO ? KVMMM_EV_MMIO : KVMMM_EV_COLD;
+}
+
+/* Called when entering is allowed; 0 or -errno. */
+static int run_guest(struct kvmmm_vcpu *v)
+{
+    int64_t entered_ns = 0;
+    if (v->timed) {
+        entered_ns = kvmmm_now_ns();
+        if (v->left_ns)
+            v->handler_ns += entered_ns - v->left_ns;
+    }
+    v->n_enters++;
+    atomic_store_explicit(&v->where, KVMMM_INSIDE, memory_order_relaxed);
+    int rc = ioctl(v->fd, KVM_RUN, 0) < 0 ? -errno : 0;
+    atomic_store_explicit(&v->where, KVMMM_OUTSIDE, memory_order_release);
+    /* Without a fence a pause may be overlooked; who waits looks again by himself. */
+    if (atomic_load_explicit(&v->gate->n_pauses, memory_order_relaxed) |
+        atomic_load_explicit(&v->attention, memory_order_relaxed))
+        kvmmm_vcpu_tell_left(v);
+    if (v->timed) {
+        v->left_ns = kvmmm_now_ns();
+        v->guest_ns += v->left_ns - entered_ns;
+    }
+    return rc;
 }
 
 int kvmmm_vcpu_enter(struct kvmmm_vcpu *v)
 {
-    struct kvm_run *run = v->run;
     for (;;) {
         if (atomic_load_explicit(&v->stop, memory_order_relaxed))
-            run->immediate_exit = 1;
-        int64_t entered_ns = 0;
-        if (v->timed) {
-            entered_ns = kvmmm_now_ns();
-            if (v->left_ns)
-                v->handler_ns += entered_ns - v->left_ns;
-        }
+            v->run->immediate_exit = 1;
         if (v->needs_arming) {
             /* Only now, behind whatever Python did: a guest gets a whole tick at a time, however
              * slow the host is. And the last stretch before the deadline may be shorter. */
             v->needs_arming = false;
             arm(v);
         }
-        v->n_enters++;
-        atomic_store_explicit(&v->in_guest, true, memory_order_release);
-        int rc = ioctl(v->fd, KVM_RUN, 0);
-        int err = errno;
-        atomic_store_explicit(&v->in_guest, false, memory_order_release);
-        if (v->timed) {
-            v->left_ns = kvmmm_now_ns();
-            v->guest_ns += v->left_ns - entered_ns;
-        }
-        if (rc < 0) {
-            if (err == EINTR)
-                return serve_interrupt(v);
-            if (err == EAGAIN)
+        int event;
+        atomic_store(&v->where, KVMMM_ENTERING);
+        if (kvmmm_vcpu_needs_attention(v)) {
+            atomic_store(&v->where, KVMMM_OUTSIDE);
+            event = kvmmm_vcpu_attend(v, true);
+        } else {
+            int rc = run_guest(v);
+            if (rc == -EAGAIN)
                 continue;
-            return -err;
+            event = rc == -EINTR ? serve_interrupt(v) : rc ? rc : serve_exit(v);
         }
-        uint32_t reason = run->exit_reason;
-        v->exits[reason < KVMMM_N_REASONS ? reason : KVMMM_N_REASONS - 1]++;
-        if (reason == KVM_EXIT_MMIO)
-            return KVMMM_EV_MMIO;
-        if (reason != KVM_EXIT_IO)
-            return KVMMM_EV_COLD;
-        int event = serve_io(v);
+        if (event)
+            return event;
+    }
+}
+
+int kvmmm_vcpu_complete(struct kvmmm_vcpu *v)
+{
+    for (;;) {
+        int rc = kvmmm_vcpu_attend(v, false);
+        if (rc)
+            return rc;
+        atomic_store(&v->where, KVMMM_ENTERING);
+        if (kvmmm_vcpu_needs_attention(v) && !kvmmm_vcpu_is_free(v)) {
+            atomic_store(&v->where, KVMMM_OUTSIDE);
+            continue;
+        }
+        v->run->immediate_exit = 1;
+        rc = run_guest(v);
+        v->run->immediate_exit = 0; /* a stop that came meanwhile sets it again at the next enter */
+        if (rc == -EINTR)
+            return 0;
+        int event = rc == -EAGAIN ? 0 : rc ? rc : serve_exit(v);
         if (event)
             return event;
     }
@@ -173,6 +227,7 @@ int kvmmm_vcpu_begin(struct kvmmm_vcpu *v, int64_t timeout_ns)
     sigemptyset(&set);
     sigaddset(&set, signo);
     pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    kvmmm_signals_take();
     v->left_ns = 0;
     v->deadline_ns = timeout_ns > 0 ? kvmmm_now_ns() + timeout_ns : 0;
     v->polling = v->console.coalesced != NULL;
@@ -210,6 +265,8 @@ void kvmmm_vcpu_stop(struct kvmmm_vcpu *v)
     atomic_store(&v->stop, KVMMM_STOP_REQUEST);
     v->run->immediate_exit = 1;
     kvmmm_vcpu_kick(v);
+    if (kvmmm_vcpu_needs_attention(v))
+        kvmmm_vcpu_wake(v); /* it may wait in a pause */
 }
 
 void kvmmm_vcpu_poll_console(struct kvmmm_vcpu *v)

@@ -17,18 +17,20 @@ memory goes back to the host, and every mapping of it (the host's, KVM's) is dro
 KVMMM_DEBUG=1 it is filled with 0xdb instead and punched when it is allocated again, so that a use
 after free shows.
 
-Who holds what: the arena owns fd and mapping. Whoever allocates a range, or calls `inc_ref`, owns a
-reference on each of its pages, and drops it after the last translation to the page is gone (the
-arena knows no translations). Views hold the mapping: `close` refuses while one is out. VMs with
-memslots over the mapping must be closed first.
+Who holds what: the arena owns fd and mapping, and may have several owners itself (`share`). Whoever
+allocates a range, or calls `inc_ref`, owns a reference on each of its pages, and drops it after the
+last translation to the page is gone (the arena knows no translations). Views hold the mapping:
+`close` refuses while one is out. VMs with memslots over the mapping must be closed first.
 
 Every public method may be called from any thread; one plain lock covers the bookkeeping and is held
 across punching, so that nobody is given a page that is about to be punched.
 
     memfd.py       the sealed file
+    free_space.py  free pages, and where an allocation fits
     usage.py       which pages are free, reserved or used; pure bookkeeping
+    frames.py      allocation and references over a file
     statistics.py  the figures
-    arena.py       `Arena`: the three put together
+    arena.py       `Arena`: all of it put together, and the bytes
 """
 
 from kvmmm.arena.arena import Arena

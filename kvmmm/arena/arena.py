@@ -1,32 +1,48 @@
-"""`Arena`: allocation and reference counts over one sealed memfd. The package has the states."""
+"""`Arena`: frames over one sealed memfd, their bytes, and its end. The package has the states."""
 
 from __future__ import annotations
 
+import errno
 import os
-import threading
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
+from kvmmm.arena.frames import Frames
 from kvmmm.arena.memfd import create_sealed
 from kvmmm.arena.statistics import ArenaStatistics
-from kvmmm.arena.usage import PageUsage, Reservation
 from kvmmm.errors import ArenaExhaustedError, RangeError, StateError, SyscallError
-from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES, PAGE_MASK, HostVirt, align_up
+from kvmmm.hostarch.addr import (
+    HUGE_PAGE_BYTES,
+    PAGE_BYTES,
+    PAGE_MASK,
+    HostVirt,
+    align_up,
+    page_down,
+    page_up,
+)
 from kvmmm.hostarch.ranges import FileRange
-from kvmmm.safemem.ffi import HostMapping, fill, punch_hole
-from kvmmm.segment import SegmentSet
+from kvmmm.safemem.ffi import HostMapping
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from kvmmm.arena.usage import Reservation
+
 _CAPACITY_MAX_BYTES = 1 << 46  # half of what an x86-64 process can map with four levels
-_JUNK = 0xDB
 _DEBUG = os.environ.get("KVMMM_DEBUG", "") not in ("", "0")
 
 
-class Arena:
+class Source(Protocol):
+    """What can be copied from: any `kvmmm.memmap` File."""
+
+    def view_of(self, fr: FileRange) -> memoryview:
+        """Return the bytes of `fr`. They need not be there to be touched."""
+
+
+class Arena(Frames):
     """All memory behind a VM: a sealed sparse memfd, mapped linearly, handed out in pages.
 
-    Thread-safe. A context manager; `close` must come after the VMs that have memslots over it.
+    Thread-safe. A context manager; `close` must come after the VMs that have memslots over it. A
+    `kvmmm.memmap` File.
 
     Args:
         capacity_bytes: Its size, rounded up to 2 MiB. Costs nothing until touched.
@@ -43,6 +59,7 @@ class Arena:
         view: All of the mapping, writable, format "B".
         first: The range that it began with; empty without `used_bytes`.
         reservation: The reservation that it began with; None without `reserved_bytes`.
+        may_fault: False: nobody can cut a sealed file short.
 
     Raises:
         RangeError: A capacity of zero or below, or more than a process can map.
@@ -52,21 +69,9 @@ class Arena:
     Source: gVisor pgalloc.MemoryFile has the same purpose; it grows in chunks, this one does not.
     """
 
-    __slots__ = (
-        "_allocation_count",
-        "_free_count",
-        "_junk",
-        "_lock",
-        "_mapping",
-        "_punched_bytes",
-        "_usage",
-        "capacity_bytes",
-        "fd",
-        "first",
-        "hva",
-        "reservation",
-        "view",
-    )
+    __slots__ = ("_mapping", "_owner_count", "view")
+
+    may_fault = False
 
     def __init__(
         self,
@@ -95,155 +100,23 @@ class Arena:
                 f"cannot map an arena of {capacity_bytes >> 20} MiB (ask for less, or raise the "
                 "limit on address space, ulimit -v)",
             ) from e
-        self.fd = fd
-        self.capacity_bytes = capacity_bytes
-        self.hva = HostVirt(self._mapping.hva)
         self.view = memoryview(self._mapping)
-        self._lock = threading.Lock()
-        self._usage = PageUsage(capacity_bytes, used_bytes, reserved_bytes)
-        self.first = FileRange(0, used_bytes)
-        self.reservation = self._usage.reservation
-        # Debug: free pages that are not zero. None: free pages are always holes.
-        self._junk: SegmentSet[bool] | None = (
-            SegmentSet(_merge_junk) if (_DEBUG if debug is None else debug) else None
+        self._owner_count = 1
+        super().__init__(
+            fd,
+            self._mapping.hva,
+            capacity_bytes,
+            used_bytes,
+            reserved_bytes,
+            debug=_DEBUG if debug is None else debug,
         )
-        self._allocation_count = 0
-        self._free_count = 0
-        self._punched_bytes = 0
 
     def __repr__(self) -> str:
         if self.fd < 0:
             return "<Arena closed>"
         return f"<Arena fd={self.fd} hva={self.hva:#x} capacity_bytes={self.capacity_bytes}>"
 
-    # Allocation.
-
-    def allocate(
-        self,
-        length_bytes: int,
-        *,
-        align_bytes: int = PAGE_BYTES,
-        phase_bytes: int = 0,
-        at: int | None = None,
-        reservation: Reservation | None = None,
-    ) -> FileRange:
-        """Return zero-filled pages with one reference each.
-
-        Args:
-            length_bytes: How much; a multiple of 4 KiB.
-            align_bytes: The range begins at fo with fo % align_bytes == phase_bytes % align_bytes;
-                a power of two, at least 4 KiB. With 2 MiB and a gpa as the phase, gpa and offset
-                agree modulo 2 MiB, as a large page needs it.
-            phase_bytes: See there; a multiple of 4 KiB.
-            at: File offset where it must begin, instead of anywhere.
-            reservation: Whose reserved pages to take, with `at` inside it. Without it, only free
-                pages are taken.
-
-        Raises:
-            RangeError: A size or place that is unaligned, empty or outside the arena or the
-                reservation; nothing changed.
-            StateError: Closed, or the reservation is not this arena's.
-            ArenaExhaustedError: No free range fits, or `at` is taken; nothing changed.
-            OSError: fallocate(2) refused to clear a page (debug mode only); nothing changed.
-        """
-        self._check_request(length_bytes, align_bytes, phase_bytes)
-        with self._lock:
-            self._check_open()
-            usage = self._usage
-            if at is None:
-                if reservation is not None:
-                    raise RangeError(reservation.start, reservation.end, "at= must say where in it")
-                start = usage.find_fit(length_bytes, align_bytes, phase_bytes)
-                if start is None:
-                    raise self._exhausted(length_bytes)
-                end = start + length_bytes
-            else:
-                start, end = at, at + length_bytes
-                self._check_range(start, end)
-                if (at - phase_bytes) & (align_bytes - 1):
-                    raise RangeError(
-                        start, end, f"at= is not {phase_bytes:#x} mod {align_bytes:#x}"
-                    )
-                if reservation is None and not usage.is_free(start, end):
-                    raise self._exhausted(length_bytes)
-            if self._junk is not None:
-                self._punch_junk(start, end)
-            if reservation is None:
-                usage.take(start, end)
-            elif not usage.take_reserved(reservation, start, end):
-                raise self._exhausted(length_bytes)
-            self._allocation_count += 1
-        return FileRange(start, end)
-
-    def reserve(
-        self, length_bytes: int, *, align_bytes: int = PAGE_BYTES, phase_bytes: int = 0
-    ) -> Reservation | None:
-        """Promise a contiguous range to the caller without committing it; None if none fits.
-
-        Nobody else is given a page of it. `allocate(at=, reservation=)` commits parts of it; a part
-        whose last reference goes is reserved again. The arguments are those of `allocate`.
-
-        Raises:
-            RangeError: A size that is unaligned or empty.
-            StateError: Closed.
-        """
-        self._check_request(length_bytes, align_bytes, phase_bytes)
-        with self._lock:
-            self._check_open()
-            start = self._usage.find_fit(length_bytes, align_bytes, phase_bytes)
-            return None if start is None else self._usage.reserve(start, start + length_bytes)
-
-    def unreserve(self, reservation: Reservation) -> None:
-        """End a reservation. What of it is used stays used, and is freed like any page later.
-
-        Raises:
-            StateError: Closed, or no (longer a) reservation of this arena.
-        """
-        with self._lock:
-            self._check_open()
-            self._usage.unreserve(reservation)
-
-    # References.
-
-    def inc_ref(self, fr: FileRange) -> None:
-        """Add one reference to each page of `fr`.
-
-        Raises:
-            RangeError: Unaligned, empty or outside the arena; nothing changed.
-            StateError: Closed, or a page is not in use; nothing changed.
-        """
-        with self._lock:
-            self._check_open()
-            self._check_range(fr.start, fr.end)
-            self._usage.add_reference(fr.start, fr.end)
-
-    def dec_ref(self, fr: FileRange) -> None:
-        """Drop one reference of each page of `fr`; pages without any are punched out.
-
-        Raises:
-            RangeError: Unaligned, empty or outside the arena; nothing changed.
-            StateError: Closed, or a page is not in use; nothing changed.
-            OSError: fallocate(2) refused; the references are still there.
-        """
-        with self._lock:
-            self._check_open()
-            self._check_range(fr.start, fr.end)
-            unused = self._usage.last_references(fr.start, fr.end)
-            for start, end in unused:
-                if self._junk is None:
-                    self._punch(start, end)
-                else:
-                    fill(self.hva + start, _JUNK, end - start)
-                    self._junk.insert(start, end, True)
-            self._usage.drop_reference(fr.start, fr.end)
-            self._free_count += len(unused)
-
-    def ref_count(self, fo: int) -> int:
-        """Return the references on the page that holds file offset `fo`; 0 when it is unused."""
-        with self._lock:
-            return self._usage.ref_count(fo)
-
-    # The bytes, the figures, the end.
+    # The bytes.
 
     def view_of(self, fr: FileRange) -> memoryview:
         """Return a writable view of `fr`, format "B". It holds the mapping until it is released.
@@ -257,6 +130,144 @@ class Arena:
             raise RangeError(fr.start, fr.end, f"the arena ends at {self.capacity_bytes:#x}")
         return memoryview(self._mapping)[fr.start : fr.end]
 
+    def read_into(self, fo: int, dst: memoryview) -> int:
+        """Copy bytes at offset `fo` into `dst`; how many there were before the arena's end.
+
+        Raises:
+            RangeError: `fo` is below zero.
+            StateError: Closed.
+        """
+        dst = dst.cast("B")
+        n_bytes = self._bytes_at(fo, len(dst))
+        dst[:n_bytes] = self.view[fo : fo + n_bytes]
+        return n_bytes
+
+    def write_from(self, fo: int, src: memoryview) -> int:
+        """Copy `src` to offset `fo`; how many bytes there was room for before the arena's end.
+
+        Raises:
+            RangeError: `fo` is below zero.
+            StateError: Closed.
+        """
+        src = src.cast("B")
+        n_bytes = self._bytes_at(fo, len(src))
+        self.view[fo : fo + n_bytes] = src[:n_bytes]
+        return n_bytes
+
+    def _bytes_at(self, fo: int, n_bytes: int) -> int:
+        self._check_open()
+        if fo < 0:
+            raise RangeError(0, 0, f"{fo} is no offset")
+        return min(n_bytes, max(self.capacity_bytes - fo, 0))
+
+    # Frames that come filled.
+
+    def copy_from(
+        self,
+        file: Source,
+        src_fo: int,
+        length_bytes: int,
+        *,
+        align_bytes: int = PAGE_BYTES,
+        phase_bytes: int = 0,
+        at: int | None = None,
+        reservation: Reservation | None = None,
+        top_down: bool = False,
+    ) -> tuple[FileRange, int]:
+        """Return fresh pages, one reference each, with a copy of `file`'s bytes; and how many.
+
+        One system call, from the file's linear mapping into holes of the memfd: the kernel neither
+        clears a page first nor takes a fault for it, and a page that cannot be read is no SIGBUS
+        but the end of the copy. All of it, then, or the whole pages before the first that cannot be
+        read: an empty range and 0 when that is the very first.
+
+        Args:
+            file: The source, which may be the arena itself.
+            src_fo: Offset there, a multiple of 4 KiB; the caller holds a reference.
+            length_bytes: How much; a multiple of 4 KiB.
+            align_bytes: Where the copy goes; this and the rest as in `allocate`.
+            phase_bytes: See there.
+            at: See there.
+            reservation: See there.
+            top_down: See there.
+
+        Raises:
+            RangeError: As `allocate`, or the source is outside its file; nothing changed.
+            StateError: As `allocate`.
+            ArenaExhaustedError: As `allocate`.
+            SyscallError: The host has no memory for it (ENOSPC, ENOMEM, …); nothing changed.
+
+        Source:
+            gVisor pgalloc.MemoryFile.Allocate with a ReaderFunc (AllocateAndFill).
+        """
+        if file is self and 0 <= src_fo <= self.capacity_bytes - length_bytes:
+            src = self.view[src_fo : src_fo + length_bytes]
+        else:
+            src = file.view_of(FileRange(src_fo, src_fo + length_bytes))
+        # Released whatever happens: an error that somebody keeps would keep the arena open.
+        with src:
+            fr = self.allocate(
+                length_bytes,
+                align_bytes=align_bytes,
+                phase_bytes=phase_bytes,
+                at=at,
+                reservation=reservation,
+                top_down=top_down,
+            )
+            try:
+                n_bytes = os.pwrite(self.fd, src, fr.start)
+            except OSError as e:
+                return self._end_copy(fr, 0, e)
+        return (fr, n_bytes) if n_bytes == length_bytes else self._end_copy(fr, n_bytes, None)
+
+    def allocate_and_write(
+        self,
+        src: memoryview,
+        *,
+        align_bytes: int = PAGE_BYTES,
+        phase_bytes: int = 0,
+        at: int | None = None,
+        reservation: Reservation | None = None,
+        top_down: bool = False,
+    ) -> tuple[FileRange, int]:
+        """Return fresh pages, one reference each, that begin with `src`; and how much of it.
+
+        As `copy_from`, for any bytes. Where `src` ends within a page, zeros follow.
+
+        Raises:
+            RangeError: As `allocate`, or `src` is empty; nothing changed.
+            StateError: As `allocate`.
+            ArenaExhaustedError: As `allocate`.
+            SyscallError: The host has no memory for it (ENOSPC, ENOMEM, …); nothing changed.
+        """
+        fr = self.allocate(
+            page_up(src.nbytes),
+            align_bytes=align_bytes,
+            phase_bytes=phase_bytes,
+            at=at,
+            reservation=reservation,
+            top_down=top_down,
+        )
+        try:
+            n_bytes = os.pwrite(self.fd, src, fr.start)
+        except OSError as e:
+            return self._end_copy(fr, 0, e)
+        return (fr, n_bytes) if n_bytes == src.nbytes else self._end_copy(fr, n_bytes, None)
+
+    def _end_copy(
+        self, fr: FileRange, n_bytes: int, error: OSError | None
+    ) -> tuple[FileRange, int]:
+        # Keep the whole pages that were copied, free the rest.
+        end = fr.start + page_down(n_bytes)
+        self.dec_ref(FileRange(end, fr.end))
+        if error is not None and error.errno != errno.EFAULT:
+            raise SyscallError(
+                error.errno or 0, f"cannot copy {fr.length_bytes >> 10} KiB into the arena"
+            ) from error
+        return FileRange(fr.start, end), end - fr.start
+
+    # The figures, the owners, the end.
+
     def statistics(self) -> ArenaStatistics:
         """Return the figures of this moment; also after `close`."""
         with self._lock:
@@ -266,20 +277,43 @@ class Arena:
                 used_bytes=usage.used_bytes,
                 reserved_bytes=usage.reserved_bytes,
                 peak_used_bytes=usage.peak_used_bytes,
-                largest_free_bytes=usage.largest_free_bytes,
+                largest_free_bytes=usage.free.largest_bytes,
                 allocation_count=self._allocation_count,
                 free_count=self._free_count,
                 punched_bytes=self._punched_bytes,
             )
 
+    def share(self) -> Self:
+        """Return the arena for one owner more: each calls `close` once, and the last one closes.
+
+        So VMs that were forked from one another have one arena.
+
+        Raises:
+            StateError: Closed.
+        """
+        with self._lock:
+            self._check_open()
+            self._owner_count += 1
+        return self
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it has several owners: then what one of them leaves allocated stays so."""
+        return self._owner_count > 1
+
     def close(self) -> None:
-        """Unmap and close, whatever is still allocated. A second call does nothing.
+        """Give it up; the last owner unmaps and closes it, whatever is still allocated.
+
+        Once it is closed a further call does nothing.
 
         Raises:
             StateError: A view is still held; the arena stays open and whole.
         """
         with self._lock:
             if self.fd < 0:
+                return
+            if self._owner_count > 1:
+                self._owner_count -= 1
                 return
             try:
                 self.view.release()
@@ -310,41 +344,3 @@ class Arena:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    # Called with the lock held, but for _check_request.
-
-    def _check_open(self) -> None:
-        if self.fd < 0:
-            raise StateError("the arena is closed")
-
-    @staticmethod
-    def _check_request(length_bytes: int, align_bytes: int, phase_bytes: int) -> None:
-        if length_bytes <= 0 or length_bytes & PAGE_MASK:
-            raise RangeError(0, length_bytes, "a length is a multiple of 4 KiB above zero")
-        if align_bytes < PAGE_BYTES or align_bytes & (align_bytes - 1):
-            raise RangeError(0, length_bytes, f"{align_bytes:#x} is no alignment for pages")
-        if phase_bytes & PAGE_MASK:
-            raise RangeError(0, length_bytes, f"phase {phase_bytes:#x} is no multiple of 4 KiB")
-
-    def _check_range(self, start: int, end: int) -> None:
-        if (start | end) & PAGE_MASK or not 0 <= start < end <= self.capacity_bytes:
-            raise RangeError(
-                start, end, f"not whole pages of an arena of {self.capacity_bytes:#x} bytes"
-            )
-
-    def _exhausted(self, wanted_bytes: int) -> ArenaExhaustedError:
-        return ArenaExhaustedError(wanted_bytes, self._usage.free_bytes, self.capacity_bytes)
-
-    def _punch(self, start: int, end: int) -> None:
-        punch_hole(self.fd, start, end - start)
-        self._punched_bytes += end - start
-
-    def _punch_junk(self, start: int, end: int) -> None:
-        if self._junk is not None:
-            for s, e, _ in list(self._junk.segments(start, end)):
-                self._punch(max(s, start), min(e, end))
-            self._junk.remove(start, end)
-
-
-def _merge_junk(_start1: int, _end1: int, _value1: bool, _value2: bool) -> bool | None:
-    return True

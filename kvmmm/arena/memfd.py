@@ -9,8 +9,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from typing import TYPE_CHECKING
 
 from kvmmm.errors import SyscallError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # <linux/memfd.h>; the os module of Python 3.11 lacks it. Clears the x bits for good.
 _MFD_NOEXEC_SEAL = 0x8
@@ -59,3 +63,22 @@ def _memfd_create(name: str) -> int:
     fd = os.memfd_create(name, _FLAGS_OLD)
     _flags = _FLAGS_OLD
     return fd
+
+
+def data_runs(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the pieces of [start, end) that are not holes, as offsets, ascending.
+
+    Raises:
+        OSError: lseek(2) refused.
+    """
+    while start < end:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as e:
+            if e.errno == errno.ENXIO:
+                return  # nothing but a hole up to the end
+            raise
+        if start < end:
+            stop = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+            yield start, stop
+            start = stop

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 
 class File(Protocol):
-    """Frames in a file that this process has mapped once, from offset 0, shared and writable.
+    """Frames in a file that this process has mapped once, from offset 0, shared.
+
+    Writable, too, or else nothing of it is ever translated with WRITE.
 
     References are counted by page. A frame without any may be given to somebody else.
     """
@@ -35,14 +37,26 @@ class File(Protocol):
     def dec_ref(self, fr: FileRange) -> None:
         """Drop one reference on every page of `fr`."""
 
+    def ref_count(self, fo: int) -> int:
+        """Return the references on the page that holds file offset `fo`."""
+
     def view_of(self, fr: FileRange) -> memoryview:
-        """Return the bytes of `fr`, writable."""
+        """Return the bytes of `fr`; writable unless the file is read-only.
+
+        Where `may_fault` is true they are for system calls only, which then fail with EFAULT.
+        """
 
     def read_into(self, fo: int, dst: memoryview) -> int:
-        """Copy bytes at offset `fo` into `dst`; how many there were before the file's end."""
+        """Copy bytes at offset `fo` into `dst`; how many there were before the last page's end.
+
+        What a CPU can reach, that is: in the page in which the file ends zeros follow.
+        """
 
     def write_from(self, fo: int, src: memoryview) -> int:
-        """Copy `src` to offset `fo`; how many bytes there was room for before the file's end."""
+        """Copy `src` to offset `fo`; how many bytes there was room for before the last page's end.
+
+        The file does not grow: what goes behind its end, in its last page, may be lost.
+        """
 
 
 class Translation:
@@ -94,6 +108,10 @@ class Mappable(Protocol):
     @property
     def name(self) -> str:
         """Shown in maps."""
+
+    @property
+    def max_shared_perms(self) -> int:
+        """The most that a shared mapping of it may permit; a private one may permit all."""
 
     def add_mapping(
         self, space: MappingSpace, ar: AddrRange, offset: int, *, writable: bool

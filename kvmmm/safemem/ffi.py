@@ -9,15 +9,28 @@ from __future__ import annotations
 
 import os
 
-from kvmmm._core import HostMapping, IoExit, MmioExit, Registers, VcpuCore, ffi, lib
+from kvmmm._core import (
+    HostMapping,
+    IoExit,
+    MmioExit,
+    PauseGate,
+    Registers,
+    SegmentSet,
+    VcpuCore,
+    ffi,
+    lib,
+)
 
 __all__ = [
     "HostMapping",
     "IoExit",
     "MmioExit",
+    "PauseGate",
     "Registers",
+    "SegmentSet",
     "VcpuCore",
     "address_of",
+    "drop_pages",
     "ffi",
     "fill",
     "ioctl",
@@ -57,6 +70,19 @@ def punch_hole(fd: int, offset: int, length_bytes: int) -> None:
         raise OSError(
             -rc, f"fallocate(PUNCH_HOLE, {offset:#x}, {length_bytes:#x}): {os.strerror(-rc)}"
         )
+
+
+def drop_pages(hva: int, length_bytes: int) -> None:
+    """Drop every translation of a shared mapping's pages, KVM's as well; the file keeps its bytes.
+
+    Whoever touches them next faults them in again, 1 to 4 us a page.
+
+    Raises:
+        OSError: madvise(2) refused: no mapping is there, or it is locked and Linux older than 5.18.
+    """
+    rc = lib.kvmmm_drop_pages(hva, length_bytes)
+    if rc:
+        raise OSError(-rc, f"madvise(MADV_DONTNEED, {length_bytes:#x}): {os.strerror(-rc)}")
 
 
 def fill(hva: int, byte: int, length_bytes: int) -> None:

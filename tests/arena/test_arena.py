@@ -14,6 +14,7 @@ import pytest
 
 from kvmmm.arena import Arena
 from kvmmm.arena import arena as arena_module
+from kvmmm.arena import frames as frames_module
 from kvmmm.errors import ArenaExhaustedError, RangeError, StateError
 from kvmmm.hostarch.ranges import FileRange
 
@@ -234,7 +235,7 @@ def test_failed_punch_keeps_the_reference(arena: Arena, monkeypatch: pytest.Monk
 
     fr = arena.allocate(PAGE)
     with monkeypatch.context() as patch:
-        patch.setattr(arena_module, "punch_hole", refuse)
+        patch.setattr(frames_module, "punch_hole", refuse)
         with pytest.raises(InterruptedError):
             arena.dec_ref(fr)
     assert arena.ref_count(fr.start) == 1

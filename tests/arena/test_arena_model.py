@@ -61,11 +61,14 @@ class ArenaMachine(RuleBasedStateMachine):
             self.arena.view[page * PAGE + 17] = self.tags[page]
         self.peak = max(self.peak, sum(map(bool, self.counts)))
 
-    @rule(length=LENGTHS, align=ALIGNMENTS, phase=PLACES)
-    def allocate(self, length: int, align: int, phase: int) -> None:
+    @rule(length=LENGTHS, align=ALIGNMENTS, phase=PLACES, top_down=st.booleans())
+    def allocate(self, length: int, align: int, phase: int, top_down: bool) -> None:
         def call() -> FileRange:
             return self.arena.allocate(
-                length * PAGE, align_bytes=align * PAGE, phase_bytes=phase * PAGE
+                length * PAGE,
+                align_bytes=align * PAGE,
+                phase_bytes=phase * PAGE,
+                top_down=top_down,
             )
 
         if not self.fits(length, align, phase):
@@ -144,6 +147,45 @@ class ArenaMachine(RuleBasedStateMachine):
         change(fr)
         for page in range(start, end):
             self.counts[page] += 1 if up else -1
+
+    @rule(pieces=st.lists(st.tuples(PLACES, st.integers(1, 8)), max_size=4))
+    def add_many_references(self, pieces: list[tuple[int, int]]) -> None:
+        ranges = [(start, min(start + length, PAGES)) for start, length in pieces]
+        files = [FileRange(start * PAGE, end * PAGE) for start, end in ranges]
+        if not all(all(self.counts[start:end]) for start, end in ranges):
+            with pytest.raises(StateError):
+                self.arena.inc_ref_many(files)
+            return
+        self.arena.inc_ref_many(files)
+        for start, end in ranges:
+            for page in range(start, end):
+                self.counts[page] += 1
+
+    @rule(start=PLACES, length=LENGTHS)
+    def look_for_sharing(self, start: int, length: int) -> None:
+        end = min(start + length, PAGES)
+        fr = FileRange(start * PAGE, end * PAGE)
+        page = next((p for p in range(start, end) if self.counts[p] != 1), None)
+        if page is not None and not self.counts[page]:
+            with pytest.raises(StateError):
+                self.arena.has_unique_ref(fr)
+            return
+        assert self.arena.first_shared(fr) == (None if page is None else page * PAGE)
+        assert self.arena.has_unique_ref(fr) == (page is None)
+
+    @rule(source=PLACES, length=st.integers(1, 8))
+    def copy(self, source: int, length: int) -> None:
+        length = min(length, PAGES - source)
+        if not all(self.counts[source : source + length]) or not self.fits(length, 1, 0):
+            return
+        fr, n_bytes = self.arena.copy_from(self.arena, source * PAGE, length * PAGE)
+        assert n_bytes == length * PAGE == fr.length_bytes
+        first = fr.start // PAGE
+        for page in range(length):
+            assert self.counts[first + page] == 0
+            self.counts[first + page] = 1
+            self.tags[first + page] = self.tags[source + page]
+        self.peak = max(self.peak, sum(map(bool, self.counts)))
 
     @invariant()
     def same_as_model(self) -> None:

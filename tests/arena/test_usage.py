@@ -6,6 +6,7 @@ import pytest
 
 from kvmmm.arena.usage import PageUsage, Reservation
 from kvmmm.errors import RangeError, StateError
+from kvmmm.hostarch.ranges import FileRange
 
 PAGE = 4096
 HUGE = 1 << 21
@@ -20,7 +21,7 @@ def usage():
 
 
 def allocate(usage: PageUsage, pages: int, align: int = PAGE, phase: int = 0) -> int:
-    start = usage.find_fit(pages * PAGE, align, phase)
+    start = usage.free.find_fit(pages * PAGE, align, phase)
     assert start is not None
     usage.take(start, start + pages * PAGE)
     return start
@@ -36,7 +37,7 @@ def test_first_fit_with_a_phase(usage: PageUsage):
 
 
 def test_phase_may_be_any_address(usage: PageUsage):
-    assert usage.find_fit(PAGE, HUGE, (1 << 40) + 9 * PAGE) == 9 * PAGE
+    assert usage.free.find_fit(PAGE, HUGE, (1 << 40) + 9 * PAGE) == 9 * PAGE
 
 
 def test_freed_pages_below_are_found_again(usage: PageUsage):
@@ -49,7 +50,7 @@ def test_freed_pages_below_are_found_again(usage: PageUsage):
 def test_search_returns_to_the_bottom(usage: PageUsage):
     for frame in range(4):
         assert allocate(usage, 1, HUGE, 0) == frame * HUGE
-    assert usage.find_fit(PAGE, HUGE, 0) is None
+    assert usage.free.find_fit(PAGE, HUGE, 0) is None
     usage.drop_reference(HUGE, HUGE + PAGE)
     assert allocate(usage, 1, HUGE, 0) == HUGE
 
@@ -57,23 +58,23 @@ def test_search_returns_to_the_bottom(usage: PageUsage):
 def test_no_fit_in_pieces(usage: PageUsage):
     for frame in range(4):
         usage.take(frame * HUGE, frame * HUGE + PAGE)
-    assert usage.find_fit(HUGE, PAGE, 0) is None
-    assert usage.find_fit(HUGE - PAGE, PAGE, 0) == PAGE
-    assert usage.largest_free_bytes == HUGE - PAGE
+    assert usage.free.find_fit(HUGE, PAGE, 0) is None
+    assert usage.free.find_fit(HUGE - PAGE, PAGE, 0) == PAGE
+    assert usage.free.largest_bytes == HUGE - PAGE
 
 
 def test_full_and_empty(usage: PageUsage):
     usage.take(0, CAPACITY)
-    assert (usage.free_bytes, usage.largest_free_bytes) == (0, 0)
-    assert usage.find_fit(PAGE, PAGE, 0) is None
+    assert (usage.free_bytes, usage.free.largest_bytes) == (0, 0)
+    assert usage.free.find_fit(PAGE, PAGE, 0) is None
     usage.drop_reference(0, CAPACITY)
     assert (usage.free_bytes, usage.used_bytes, usage.peak_used_bytes) == (CAPACITY, 0, CAPACITY)
 
 
 def test_many_kinds_of_search_keep_few_hints(usage: PageUsage):
     for pages in range(1, 200):
-        assert usage.find_fit(pages * PAGE, PAGE, 0) is not None
-    assert len(usage._hints) <= 64
+        assert usage.free.find_fit(pages * PAGE, PAGE, 0) is not None
+    assert len(usage.free._hints) <= 64
 
 
 def test_reservation_gets_back_only_its_own(usage: PageUsage):
@@ -86,8 +87,8 @@ def test_reservation_gets_back_only_its_own(usage: PageUsage):
     assert usage.reserved_bytes == 4 * PAGE
     usage.drop_reference(6 * PAGE, 10 * PAGE)  # both ends, and the free page between
     assert usage.reserved_bytes == 7 * PAGE
-    assert usage.is_free(8 * PAGE, 9 * PAGE)
-    assert not usage.is_free(7 * PAGE, 8 * PAGE)
+    assert usage.free.covers(8 * PAGE, 9 * PAGE)
+    assert not usage.free.covers(7 * PAGE, 8 * PAGE)
 
 
 def test_used_pages_outlive_their_reservation(usage: PageUsage):
@@ -96,7 +97,7 @@ def test_used_pages_outlive_their_reservation(usage: PageUsage):
     usage.unreserve(reservation)
     assert (usage.reserved_bytes, usage.used_bytes) == (0, PAGE)
     usage.drop_reference(PAGE, 2 * PAGE)
-    assert usage.is_free(0, CAPACITY)
+    assert usage.free.covers(0, CAPACITY)
 
 
 def test_only_the_holder_takes_reserved_pages(usage: PageUsage):
@@ -114,7 +115,7 @@ def test_only_the_holder_takes_reserved_pages(usage: PageUsage):
 
 def test_counts(usage: PageUsage):
     usage.take(0, 4 * PAGE)
-    usage.add_reference(PAGE, 3 * PAGE)
+    usage.add_references([FileRange(PAGE, 2 * PAGE), FileRange(2 * PAGE, 3 * PAGE)])
     assert [usage.ref_count(fo) for fo in range(0, 5 * PAGE, PAGE)] == [1, 2, 2, 1, 0]
     assert usage.last_references(0, 4 * PAGE) == [(0, PAGE), (3 * PAGE, 4 * PAGE)]
     usage.drop_reference(0, 4 * PAGE)
@@ -124,9 +125,14 @@ def test_counts(usage: PageUsage):
 @pytest.mark.parametrize("start", [3 * PAGE, 4 * PAGE])
 def test_pages_not_in_use_have_no_count(usage: PageUsage, start: int):
     usage.take(0, 4 * PAGE)
-    for change in (usage.add_reference, usage.last_references):
+    for ask in (
+        lambda: usage.add_references([FileRange(0, PAGE), FileRange(start, 6 * PAGE)]),
+        lambda: usage.last_references(start, 6 * PAGE),
+        lambda: usage.first_shared(start, 6 * PAGE),
+    ):
         with pytest.raises(StateError, match="offset 0x4000 is not in use"):
-            change(start, 6 * PAGE)
+            ask()
+    assert usage.ref_count(0) == 1
     assert usage.ref_count(3 * PAGE) == 1
 
 

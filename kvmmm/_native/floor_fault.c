@@ -1,0 +1,97 @@
+/* floor_fault.c: ring-3 page faults served with a page-table entry and nothing else. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "core.h"
+#include "floor.h"
+
+enum { ENTRIES = 512, PAGE = 4096 };
+
+/* What iretq would do with the frame that the CPU pushed under the stack's top. */
+static void return_to_frame(const struct kvmmm_floor_faults *f)
+{
+    /* error code, rip, cs, rflags, rsp, ss */
+    const uint64_t *frame = (const uint64_t *)(f->stack_top_hva - 48);
+    struct kvm_sregs *s = &f->run->s.regs.sregs;
+    struct kvm_segment code = {
+        .limit = UINT32_MAX, .selector = (uint16_t)frame[2], .type = 11, .present = 1, .dpl = 3, .s = 1, .l = 1, .g = 1,
+    };
+    struct kvm_segment data = {
+        .limit = UINT32_MAX, .selector = (uint16_t)frame[5], .type = 3, .present = 1, .dpl = 3, .db = 1, .s = 1, .g = 1,
+    };
+    s->cs = code;
+    s->ss = data;
+    s->tr.type = f->tss_type;
+    f->run->s.regs.regs.rip = frame[1];
+    f->run->s.regs.regs.rflags = frame[3];
+    f->run->s.regs.regs.rsp = frame[4];
+    f->run->kvm_dirty_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+}
+
+static int serve_fault(const struct kvmmm_floor_faults *f)
+{
+    uint64_t page = (f->run->s.regs.sregs.cr2 - f->gva) / PAGE;
+    if (page >= f->n_pages)
+        return -EFAULT;
+    uint64_t offset = page / f->stride_pages * PAGE;
+    if (f->copy_fd >= 0 && pwrite(f->copy_fd, (const void *)(f->copy_src_hva + offset), PAGE,
+                                  (off_t)(f->copy_offset + offset)) != PAGE)
+        return -EIO;
+    uint64_t *table = (uint64_t *)f->tables_hva[page / ENTRIES];
+    __atomic_store_n(&table[page % ENTRIES], f->first_pte + offset, __ATOMIC_RELEASE);
+    return_to_frame(f);
+    return 0;
+}
+
+int64_t kvmmm_floor_serve_faults(const struct kvmmm_floor_faults *f, int64_t timeout_ns, uint64_t *n_faults)
+{
+    struct kvmmm_watchdog dog;
+    struct kvm_run *run = f->run;
+    int rc = kvmmm_watchdog_arm(&dog, timeout_ns);
+    if (rc)
+        return rc;
+    uint64_t valid_regs = run->kvm_valid_regs;
+    run->kvm_valid_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+    *n_faults = 0;
+    int64_t start_ns = kvmmm_now_ns();
+    while (!(rc = kvmmm_floor_enter(&dog, f->vcpu_fd, run))) {
+        if (run->exit_reason != KVM_EXIT_IO || run->io.direction != KVM_EXIT_IO_OUT) {
+            rc = -EPROTO;
+            break;
+        }
+        if (run->io.port == f->mark_port)
+            break;
+        if (run->io.port != f->trap_port) {
+            rc = -EPROTO;
+            break;
+        }
+        if ((rc = serve_fault(f)))
+            break;
+        ++*n_faults;
+    }
+    int64_t taken_ns = kvmmm_now_ns() - start_ns;
+    run->kvm_valid_regs = valid_regs;
+    kvmmm_watchdog_disarm(&dog);
+    return rc ? rc : taken_ns;
+}
+
+int64_t kvmmm_floor_find(const uint64_t *starts, size_t n, const uint64_t *addrs, size_t n_addrs, uint64_t *sum_ret)
+{
+    uint64_t sum = 0;
+    int64_t start_ns = kvmmm_now_ns();
+    for (size_t i = 0; i < n_addrs; i++) {
+        /* The last start that is not above the address; without a branch that could be guessed wrong. */
+        const uint64_t *base = starts;
+        for (size_t left = n; left > 1;) {
+            size_t half = left / 2;
+            base = base[half] <= addrs[i] ? base + half : base;
+            left -= half;
+        }
+        sum += *base;
+    }
+    int64_t taken_ns = kvmmm_now_ns() - start_ns;
+    *sum_ret = sum;
+    return taken_ns;
+}
