@@ -1,18 +1,22 @@
-"""Stand-ins without KVM: an address space with a CPU on it."""
+"""Stand-ins without KVM: an address space with a CPU on it, a file, something to map."""
 
 from __future__ import annotations
 
+import collections
+import errno
 from typing import TYPE_CHECKING
 
-from kvmmm.hostarch.access import READ, WRITE
+from kvmmm.hostarch.access import ANY_ACCESS, READ, WRITE
 from kvmmm.hostarch.addr import PAGE_BYTES, page_down
 from kvmmm.hostarch.ranges import FileRange
+from kvmmm.memmap.file import Translation
+from kvmmm.memmap.mapping_set import Mapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kvmmm.hostarch.ranges import AddrRange
-    from kvmmm.memmap.file import File
+    from kvmmm.memmap.file import File, MappingSpace
 
 
 class FaultError(Exception):
@@ -34,13 +38,18 @@ class FakeAddressSpace:
     Attributes:
         pages: page address -> (file, offset in it, access bits).
         n_shootdowns: How often translations were removed.
+        walks_frames: As memslots are: then it cannot fork either.
+        map_failure: Raised by the next `map_file`, once.
+        fork_failure: Raised by the next `fork_into`, once.
     """
 
-    walks_frames = False
-
     def __init__(
-        self, max_addr: int, min_window_bytes: int = 2 << 20, map_unit_bytes: int = 0
-    ) -> None:
+        self, max_addr: int, min_window_bytes: int = 2 << 20, map_unit_bytes: int = 0, *,
+        walks_frames: bool = False,
+    ) -> None:  # fmt: skip
+        self.walks_frames = walks_frames
+        self.map_failure: OSError | None = None
+        self.fork_failure: OSError | None = None
         self.map_unit_bytes = map_unit_bytes
         self.n_shootdowns = 0
         self.max_addr = max_addr
@@ -54,6 +63,9 @@ class FakeAddressSpace:
         assert fr
         assert perms
         assert addr + fr.length_bytes <= self.max_addr
+        if self.map_failure is not None:
+            failure, self.map_failure = self.map_failure, None
+            raise failure
         for offset in range(0, fr.length_bytes, PAGE_BYTES):
             self.pages[addr + offset] = file, fr.start + offset, perms
 
@@ -69,7 +81,12 @@ class FakeAddressSpace:
                     self.pages.pop(page, None)
 
     def fork_into(self, child: FakeAddressSpace) -> bool:
+        if self.walks_frames:
+            return False
         assert not child.pages
+        if self.fork_failure is not None:
+            failure, self.fork_failure = self.fork_failure, None
+            raise failure
         for page, (file, offset, perms) in self.pages.items():
             self.pages[page] = child.pages[page] = file, offset, perms & ~WRITE
         return True
@@ -114,3 +131,96 @@ class FakeAddressSpace:
             stop = min(page + PAGE_BYTES, addr + length_bytes)
             yield file.view_of(FileRange(offset, offset + PAGE_BYTES)), at - page, stop - page
             at = stop
+
+
+class FakeFile:
+    """A File in a bytearray that counts references.
+
+    Attributes:
+        references: page offset -> count.
+        size_bytes: Where its bytes end; less than `capacity_bytes` once it is cut.
+        may_fault: Then its bytes are only to be had by `read_into` and `write_from`.
+    """
+
+    hva = 0
+
+    def __init__(self, length_bytes: int, *, may_fault: bool = False) -> None:
+        self.bytes = bytearray(length_bytes)
+        self.capacity_bytes = self.size_bytes = length_bytes
+        self.may_fault = may_fault
+        self.references: collections.Counter[int] = collections.Counter()
+
+    def inc_ref(self, fr: FileRange) -> None:
+        for page in range(fr.start, fr.end, PAGE_BYTES):
+            self.references[page] += 1
+
+    def dec_ref(self, fr: FileRange) -> None:
+        for page in range(fr.start, fr.end, PAGE_BYTES):
+            assert self.references[page] > 0, hex(page)
+            self.references[page] -= 1
+
+    def view_of(self, fr: FileRange) -> memoryview:
+        return memoryview(self.bytes)[fr.start : min(fr.end, self.size_bytes)]
+
+    def read_into(self, fo: int, dst: memoryview) -> int:
+        n_bytes = max(min(len(dst), self.size_bytes - fo), 0)
+        dst[:n_bytes] = self.bytes[fo : fo + n_bytes]
+        return n_bytes
+
+    def write_from(self, fo: int, src: memoryview) -> int:
+        n_bytes = max(min(len(src), self.size_bytes - fo), 0)
+        self.bytes[fo : fo + n_bytes] = src[:n_bytes]
+        return n_bytes
+
+
+class FakeMappable(Mapped):
+    """A Mappable over a FakeFile, with every freedom that a mappable has.
+
+    Attributes:
+        delta: File offset minus offset; changing it takes effect with the next translation.
+        piece_bytes: How much one translation covers at most, aligned so.
+        reads_around: Whether it gives all that is optional.
+        perms: What translations permit beyond what was asked; the least possible by default.
+        error: What is behind its end.
+        calls: (required, optional, access) of each translation.
+    """
+
+    name = "/fake"
+    max_shared_perms = ANY_ACCESS
+
+    def __init__(self, file: FakeFile, *, piece_bytes: int = 1 << 40, delta: int = 0) -> None:
+        super().__init__()
+        self.file = file
+        self.delta = delta
+        self.piece_bytes = piece_bytes
+        self.reads_around = False
+        self.perms = 0
+        self.error = OSError(errno.EIO, "its end")
+        self.calls: list[tuple[FileRange, FileRange, int]] = []
+
+    @property
+    def mappings(self) -> list[tuple[MappingSpace, int, int, int, bool]]:
+        """What is mapped: (space, start, end, offset, writable), by offset."""
+        return [
+            (space, start + delta, end + delta, start, writable)
+            for start, end, found in self._mappings._mappings
+            for space, delta, writable in found
+        ]
+
+    def translate(
+        self, required: FileRange, optional: FileRange, access: int
+    ) -> tuple[list[Translation], OSError | None]:
+        self.calls.append((required, optional, access))
+        wanted = optional if self.reads_around else required
+        found = []
+        at = wanted.start
+        stop = min(wanted.end, self.file.size_bytes - self.delta)
+        while at < stop:
+            end = min((at // self.piece_bytes + 1) * self.piece_bytes, stop)
+            if required.start < end and at < required.end:
+                found.append(Translation(at, end, self.file, at + self.delta, access | self.perms))
+            at = end
+        return found, self.error if stop < required.end else None
+
+    def msync(self, start: int, end: int) -> None:
+        pass

@@ -40,11 +40,10 @@ class ModelMemory:
             self.contents.pop(page, None)
 
     def mprotect(self, start: int, end: int, perms: int) -> None:
-        """All or nothing."""
+        """Up to the first page that is not mapped."""
         for page in range(start, end, PAGE_BYTES):
             if page not in self.pages:
-                raise RefusedError(page, 0, mapped=False)
-        for page in range(start, end, PAGE_BYTES):
+                raise RefusedError(page, page - start, mapped=False)
             self.pages[page] = perms, self.pages[page][1]
 
     def read(self, addr: int, length: int, access: int) -> bytes:

@@ -11,12 +11,14 @@ import pytest
 from kvmmm import errors
 from kvmmm.errors import (
     ArenaExhaustedError,
+    GuestBusError,
     GuestConsoleError,
     GuestFaultError,
     ImageError,
     IoctlError,
     KvmmmError,
     KvmUnavailableError,
+    MmError,
     RangeError,
     StateError,
     SyscallError,
@@ -77,6 +79,18 @@ CASES = [
         OSError,
         errors.EXIT_OS,
         ["cannot make a sealed memfd", "Too many open files"],
+    ),
+    (
+        GuestBusError(0x7000, 1, done=12),
+        OSError,
+        errors.EXIT_FAULT,
+        ["0x7000", "its file ends before it", "12 bytes done"],
+    ),
+    (
+        MmError(errno.EEXIST, "mmap", 0x20_0000, "something is mapped there"),
+        OSError,
+        errors.EXIT_USAGE,
+        ["mmap at 0x200000", "something is mapped there", "EEXIST"],
     ),
     (VcpuError("FAIL_ENTRY"), RuntimeError, errors.EXIT_OS, ["KVM_RUN", "FAIL_ENTRY"]),
     (StateError("the VM is closed"), RuntimeError, errors.EXIT_USAGE, ["the VM is closed"]),

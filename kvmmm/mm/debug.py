@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import itertools
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmmm.hostarch.access import access_str
-from kvmmm.hostarch.addr import PAGE_MASK
+from kvmmm.hostarch.access import READ, WRITE, access_str, effective
+from kvmmm.hostarch.addr import PAGE_BYTES, PAGE_MASK
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from kvmmm.hostarch.ranges import FileRange
     from kvmmm.mm.manager import MemoryManager
+    from kvmmm.mm.pma import Pma
+
+    Manager = TypeVar("Manager", bound=type)
+    # How many pmas, how many pins; how many of the pmas allow no other, how many know all others.
+    _Holders = tuple[int, int, int, int]
+
+ENABLED = os.environ.get("KVMMM_DEBUG", "") not in ("", "0")
+"""Whether invariants are checked after every operation; decided when this is imported."""
+
+_READ_ALL_MAX_PAGES = 512
 
 
 def maps(mm: MemoryManager) -> str:
@@ -20,40 +37,166 @@ def maps(mm: MemoryManager) -> str:
                 min(pma_end, end) - max(pma_start, start)
                 for pma_start, pma_end, _ in mm.pmas.segments(start, end)
             )
-            perms = access_str(vma.perms)
-            lines.append(f"{start:012x}-{end:012x} {perms}p {backed >> 10:>10} KiB  {vma.name}")
+            perms = access_str(vma.perms) + ("p" if vma.private else "s")
+            lines.append(f"{start:012x}-{end:012x} {perms} {backed >> 10:>10} KiB  {vma.name}")
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def check_invariants(mm: MemoryManager) -> None:
-    """Check what the package comment promises.
+def checked_after(*names: str) -> Callable[[Manager], Manager]:
+    """Have these methods of a class check its invariants when they end, if checks are enabled.
+
+    Methods that run with a mappable's locks held are not for this: the check takes mapping_lock.
+    """
+
+    def decorate(cls: Manager) -> Manager:
+        for name in names if ENABLED else ():
+            setattr(cls, name, _checking(getattr(cls, name)))
+        return cls
+
+    return decorate
+
+
+def _checking(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(mm: MemoryManager, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any method
+        try:
+            return method(mm, *args, **kwargs)
+        finally:
+            check_invariants(mm)
+
+    return call
+
+
+def check_invariants(mm: MemoryManager, relatives: Sequence[MemoryManager] = ()) -> None:
+    """Check what the package comment promises; call it between operations.
+
+    Args:
+        mm: The address space.
+        relatives: Those that it may share private frames with. When all of them are given,
+            references are counted exactly: those of all pmas and pins, against the arena's.
+            Without any, a frame that is shared may have any number above this mm's.
 
     Raises:
         AssertionError: Which invariant does not hold, and where.
     """
-    with mm.mapping_lock, mm.active_lock:
-        mm.vmas.check_invariants()
-        mm.pmas.check_invariants()
-        for kind, segments in (("vma", mm.vmas), ("pma", mm.pmas)):
-            for start, end, _ in segments:
+    with ExitStack() as stack:
+        for one in (mm, *relatives):
+            stack.enter_context(one.mapping_lock)
+            stack.enter_context(one.active_lock)
+        for one in (mm, *relatives):
+            _check_sets_locked(one)
+            for start, end, pma in one.pmas:
+                _check_pma_locked(one, start, end, pma)
+            _check_space_locked(one)
+            _check_figures_locked(one)
+        _check_references_locked((mm, *relatives))
+
+
+def _check_sets_locked(mm: MemoryManager) -> None:
+    for kind, segments in (("vma", mm.vmas), ("pma", mm.pmas)):
+        segments.check_invariants()
+        for start, end, _value in segments:
+            _require(not (start | end) & PAGE_MASK, f"{kind} [{start:#x}, {end:#x}) is unaligned")
+
+
+def _check_pma_locked(mm: MemoryManager, start: int, end: int, pma: Pma) -> None:
+    for gap_start, _gap_end in mm.vmas.gaps(start, end):
+        _require(False, f"a pma without a vma at {gap_start:#x}")
+    where = f"the pma [{start:#x}, {end:#x})"
+    _require(not pma.private or pma.file is mm.arena, f"{where} is private, and not in the arena")
+    _require(
+        not (pma.need_cow and (pma.effective_perms | pma.max_perms) & WRITE),
+        f"{where} is to be copied on write, and may be written",
+    )
+    allowed = pma.translate_perms & ~WRITE if pma.need_cow else pma.translate_perms
+    for vma_start, _vma_end, vma in mm.vmas.segments(start, end):
+        at = max(vma_start, start)
+        _require(
+            (pma.effective_perms, pma.max_perms)
+            == (vma.effective_perms & allowed, effective(vma.max_perms) & allowed),
+            f"{where} does not follow its vma at {at:#x}: {pma!r}, {vma!r}",
+        )
+        _require(pma.private or vma.mappable is not None, f"{where}: frames of no mappable")
+        _require(vma.private or not (pma.need_cow or pma.private), f"{where}: shared and private")
+        _require(not vma.private or pma.private or pma.need_cow, f"{where}: a file, not to be kept")
+
+
+def _check_space_locked(mm: MemoryManager) -> None:
+    space = mm.address_space
+    # Memslots cannot withhold reading or execution from what they map at all.
+    bits = (WRITE,) if space.walks_frames else (1, 2, 4)
+    for start, end, pma in mm.pmas:
+        for page in {start, end - PAGE_BYTES}:
+            for bit in bits:
                 _require(
-                    not (start | end) & PAGE_MASK, f"{kind} [{start:#x}, {end:#x}) is unaligned"
+                    bool(pma.effective_perms & bit) or not space.is_mapped(page, bit),
+                    f"{page:#x} may be {('read', 'written', '', 'executed')[bit - 1]} through "
+                    "the AS only",
                 )
-        for start, end, pma in mm.pmas:
-            for gap_start, _gap_end in mm.vmas.gaps(start, end):
-                _require(False, f"a pma without a vma at {gap_start:#x}")
+    for start, end in mm.pmas.gaps(0, mm.max_addr):
+        for page in {start, end - PAGE_BYTES}:
+            _require(not space.is_mapped(page, READ), f"{page:#x} is mapped, and has no pma")
+
+
+def _check_figures_locked(mm: MemoryManager) -> None:
+    _require(mm.max_rss_bytes >= mm.pmas.span_bytes, "more is resident than ever was")
+    data_bytes = sum(end - start for start, end, vma in mm.vmas if vma.is_private_data)
+    _require(mm.data_bytes == data_bytes, f"{mm.data_bytes} bytes of data, and not {data_bytes}")
+    locked_bytes = sum(end - start for start, end, vma in mm.vmas if vma.lock_mode)
+    _require(mm.locked_bytes == locked_bytes, f"{mm.locked_bytes} locked, and not {locked_bytes}")
+
+
+def _check_references_locked(family: Sequence[MemoryManager]) -> None:
+    # Of private frames the family knows every holder; of an arena's others (shared memory) it does
+    # not.
+    arena = family[0].arena
+    is_whole = len(family) > 1
+    edges: list[tuple[int, _Holders]] = []
+    for start, end, pma in itertools.chain.from_iterable(one.pmas for one in family):
+        if pma.file is arena:
+            is_sole = pma.private and not pma.need_cow
+            is_exact = is_sole or (pma.private and is_whole)
             fr = pma.file_range(start, end)
-            for fo in (fr.start, fr.end - 1):
-                _require(mm.arena.ref_count(fo) >= 1, f"the frame at {fo:#x} of {start:#x} is free")
-            for vma_start, vma_end, vma in mm.vmas.segments(start, end):
-                page = max(start, vma_start)
-                for bit in (1, 2, 4):
-                    granted = mm.address_space.is_mapped(page, bit)
-                    # Memslots cannot withhold reading or execution from what they map at all.
-                    _require(
-                        not granted or bit != 2 or bool(vma.effective_perms & bit),
-                        f"[{page:#x}, {min(end, vma_end):#x}) may be written through the AS only",
-                    )
+            edges += _both_edges(fr, (1, 0, int(is_sole), int(is_exact)))
+    for one in family:
+        for made in one.pins:
+            for _, file, fr in made.ranges:
+                if file is arena:
+                    edges += _both_edges(fr, (0, 1, 0, 0))
+    for start, end, (pmas, pins, sole, exact) in _runs(edges):
+        where = f"the frame at {start:#x}"
+        _require(not sole or pmas == 1, f"{where} is one mm's alone, and {pmas} pmas have it")
+        for fo in _samples(start, end):
+            count = arena.ref_count(fo)
+            _require(count > 0, f"the frame at {fo:#x} is free")
+            _require(
+                count == pmas + pins if exact else count >= pmas + pins,
+                f"the frame at {fo:#x} has {count} references: {pmas} pmas and {pins} pins hold it",
+            )
+
+
+def _both_edges(fr: FileRange, holders: _Holders) -> list[tuple[int, _Holders]]:
+    pmas, pins, sole, exact = holders
+    return [(fr.start, holders), (fr.end, (-pmas, -pins, -sole, -exact))]
+
+
+def _runs(edges: list[tuple[int, _Holders]]) -> Iterator[tuple[int, int, _Holders]]:
+    # (start, end, holders) of every stretch that somebody holds.
+    pmas = pins = sole = exact = last = 0
+    for at, more in sorted(edges):
+        if last < at and (pmas or pins):
+            yield last, at, (pmas, pins, sole, exact)
+        pmas, pins, sole, exact = (
+            pmas + more[0], pins + more[1], sole + more[2], exact + more[3],
+        )  # fmt: skip
+        last = at
+
+
+def _samples(start: int, end: int) -> Iterator[int]:
+    n_pages = (end - start) // PAGE_BYTES
+    step = max(n_pages // _READ_ALL_MAX_PAGES, 1) * PAGE_BYTES
+    yield from range(start, end, step)
+    yield end - PAGE_BYTES
 
 
 def _require(holds: bool, what: str) -> None:

@@ -8,6 +8,15 @@ from kvmmm.hostarch.addr import PAGE_MASK
 UNLIMITED = 1 << 64
 """A limit that is none (RLIM_INFINITY)."""
 
+LOWEST_PLACED = 64 << 10
+"""Nothing is placed below by itself, so that a null pointer's neighbourhood faults."""
+
+DEFAULT_STACK_BYTES = 8 << 20
+"""The stack's size where RLIMIT_STACK is none."""
+
+MAX_STACK_BYTES = 128 << 20
+"""The most that a stack gets: it does not grow, all of it is mapped at once."""
+
 
 class Layout:
     """The shape of an address space. Immutable.
@@ -17,8 +26,9 @@ class Layout:
     Attributes:
         min_addr: Nothing is mapped below.
         max_addr: Exclusive end of application space.
-        bottom_up_base: Where searching upwards starts.
-        top_down_base: Where searching downwards starts (exclusive).
+        bottom_up_base: Where searching upwards starts; by default `min_addr`, but not below
+            `LOWEST_PLACED`.
+        top_down_base: Where searching downwards starts (exclusive); by default `max_addr`.
         top_down: Which of the two is tried first.
     """
 
@@ -30,7 +40,9 @@ class Layout:
     ) -> None:  # fmt: skip
         self.min_addr = min_addr
         self.max_addr = max_addr
-        self.bottom_up_base = min_addr if bottom_up_base is None else bottom_up_base
+        if bottom_up_base is None:
+            bottom_up_base = max(min_addr, min(LOWEST_PLACED, max_addr))
+        self.bottom_up_base = bottom_up_base
         self.top_down_base = max_addr if top_down_base is None else top_down_base
         self.top_down = top_down
         for addr in (min_addr, max_addr, self.bottom_up_base, self.top_down_base):
@@ -45,7 +57,7 @@ class Limits:
         address_space_bytes: RLIMIT_AS, for mmap, mremap and brk.
         data_bytes: RLIMIT_DATA, for the heap only.
         locked_bytes: RLIMIT_MEMLOCK.
-        stack_bytes: RLIMIT_STACK, the size that `map_stack` gives.
+        stack_bytes: RLIMIT_STACK, the size that `map_stack` gives (8 MiB for none, at most 128).
         may_lock_all: CAP_IPC_LOCK: no limit to locking.
     """
 
@@ -57,5 +69,5 @@ class Limits:
         self.address_space_bytes = UNLIMITED
         self.data_bytes = UNLIMITED
         self.locked_bytes = UNLIMITED
-        self.stack_bytes = 8 << 20
+        self.stack_bytes = DEFAULT_STACK_BYTES
         self.may_lock_all = False

@@ -5,13 +5,42 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from kvmmm.mm import backing, debug, fault, io, mapping, pma, vma
+from kvmmm.mm import (
+    advice,
+    backing,
+    debug,
+    fault,
+    fork,
+    heap,
+    io,
+    loading,
+    lock,
+    mapping,
+    naming,
+    pin,
+    pma,
+    protect,
+    remap,
+    sync,
+    unmap,
+    vma,
+)
 from kvmmm.mm.layout import Layout, Limits
 from kvmmm.mm.window import Home, Window
 
 if TYPE_CHECKING:
     from kvmmm.arena import Arena, Reservation
+    from kvmmm.hostarch.ranges import AddrRange
     from kvmmm.platform.base import AddressSpace
+
+
+# After these KVMMM_DEBUG=1 checks all invariants. Not `invalidate`: mappables call that with their
+# own locks held.
+_CHECKED = (
+    "brk", "copy_in", "copy_out", "fork", "handle_user_fault", "madvise", "map_resident",
+    "map_stack", "mlock", "mlockall", "mmap", "mmap_all", "mprotect", "mremap", "munlock",
+    "munlockall", "munmap", "pin", "populate", "set_anon_name", "set_brk", "zero_out",
+)  # fmt: skip
 
 
 class Counters:
@@ -20,21 +49,23 @@ class Counters:
     Attributes:
         reads, writes, executes: Faults by what the guest wanted.
         vma_lookups: Faults that looked for a vma: all of them.
-        pma_insertions: Faults that allocated a pma.
+        pma_insertions: Faults that allocated, translated or copied frames.
         pma_hits: Faults that found one, and only installed it.
         refused: Faults that could not be served.
         allocated_bytes: Frames allocated, by faults, copies and loading.
+        cow_breaks: How often a window was copied on write.
+        copied_bytes: What these were, together.
     """
 
     __slots__ = (
-        "allocated_bytes", "executes", "pma_hits", "pma_insertions", "reads", "refused",
-        "vma_lookups", "writes",
+        "allocated_bytes", "copied_bytes", "cow_breaks", "executes", "pma_hits", "pma_insertions",
+        "reads", "refused", "vma_lookups", "writes",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.reads = self.writes = self.executes = 0
         self.vma_lookups = self.pma_insertions = self.pma_hits = self.refused = 0
-        self.allocated_bytes = 0
+        self.allocated_bytes = self.copied_bytes = self.cow_breaks = 0
 
     @property
     def faults(self) -> int:
@@ -42,6 +73,7 @@ class Counters:
         return self.reads + self.writes + self.executes
 
 
+@debug.checked_after(*_CHECKED)
 class MemoryManager:
     """Memory of one guest: what may be accessed (vmas), what is there (pmas), how a CPU reaches it.
 
@@ -55,23 +87,29 @@ class MemoryManager:
         reservation: Arena offsets for [0, its length), a multiple of 2 MiB up; None takes any.
         layout: Where mappings without an address of their own go; None is all there is, bottom up.
         limits: How much may be mapped; None is no limits.
+        eager_bytes: Private anonymous mappings up to that length are backed and mapped at once, in
+            the hope of saving faults; by default none. Worth it where a translation is cheap to
+            make and small mappings are soon touched (gVisor: 2 MiB); over memslots it would spend a
+            slot for each.
     """
 
     __slots__ = (
-        "active_lock", "address_space", "arena", "brk_end", "brk_start", "counters", "data_bytes",
-        "generation", "home", "layout", "limits", "lock_mode", "locked_bytes", "mapping_lock",
-        "max_addr", "max_rss_bytes", "pmas", "unmapped", "vmas", "window",
+        "active_lock", "address_space", "arena", "brk_end", "brk_start", "captured", "counters",
+        "data_bytes", "eager_bytes", "generation", "home", "last_fault", "layout", "limits",
+        "lock_mode", "locked_bytes", "mapping_lock", "max_addr", "max_rss_bytes", "pins", "pmas",
+        "unmapped", "vmas", "window",
     )  # fmt: skip
 
     def __init__(
         self, arena: Arena, address_space: AddressSpace, reservation: Reservation | None = None,
-        *, layout: Layout | None = None, limits: Limits | None = None,
+        *, layout: Layout | None = None, limits: Limits | None = None, eager_bytes: int = 0,
     ) -> None:  # fmt: skip
         self.arena = arena
         self.address_space = address_space
         self.max_addr = address_space.max_addr
         self.layout = layout or Layout(0, self.max_addr)
         self.limits = limits or Limits()
+        self.eager_bytes = eager_bytes
         # What may be accessed. Guarded by mapping_lock.
         self.vmas = vma.new_vma_set()
         # Grows with every change of a vma: who derived page tables from vmas can see it. The same.
@@ -85,22 +123,41 @@ class MemoryManager:
         # What is backed. Guarded by active_lock.
         self.pmas = pma.new_pma_set()
         self.window = Window()
+        self.last_fault = 0
         self.max_rss_bytes = 0
         self.counters = Counters()
         # Ranges that copies have backed and no fault has mapped yet. The same.
         self.unmapped: list[tuple[int, int]] = []
+        # Who holds frames beyond this mm's translations. The same.
+        self.pins: set[pin.Pin] = set()
+        # While a fork fills this mm: what mappables have told it to forget meanwhile. The same.
+        self.captured: list[tuple[AddrRange, bool]] | None = None
         self.active_lock = threading.Lock()
         # Where frames go by preference. Immutable until close.
         self.home = Home(arena, reservation, 0) if reservation is not None else None
 
     mmap = mapping.mmap
-    mmap_all = mapping.mmap_all
-    munmap = mapping.munmap
-    mprotect = mapping.mprotect
-    populate = mapping.populate
+    mmap_all = loading.mmap_all
+    map_stack = loading.map_stack
+    populate = loading.populate
+    munmap = unmap.munmap
+    mprotect = protect.mprotect
+    mremap = remap.mremap
+    set_brk = heap.set_brk
+    brk = heap.brk
+    madvise = advice.madvise
+    mincore = advice.mincore
+    mlock = lock.mlock
+    munlock = lock.munlock
+    mlockall = lock.mlockall
+    munlockall = lock.munlockall
+    msync = sync.msync
+    set_anon_name = naming.set_anon_name
 
     handle_user_fault = fault.handle_user_fault
     map_resident = fault.map_resident
+    fork = fork.fork
+    pin = pin.pin
 
     copy_in = io.copy_in
     copy_out = io.copy_out
@@ -121,18 +178,32 @@ class MemoryManager:
         """Bytes of all pmas (VmRSS)."""
         return self.pmas.span_bytes
 
+    def invalidate(self, ar: AddrRange, *, private: bool) -> None:
+        """Forget what backs `ar`: mappables call it, as they do any `memmap.MappingSpace`.
+
+        Args:
+            ar: Guest addresses, page aligned.
+            private: Also the private copies.
+
+        Source: gVisor mm.Invalidate.
+        """
+        with self.active_lock:
+            if self.captured is not None:
+                self.captured.append((ar, private))
+                return
+            removal = pma.Removal()
+            backing.invalidate_locked(self, ar.start, ar.end, removal, private=private)
+            removal.run(self)
+
     def close(self) -> None:
         """Drop all frames and mappings. Idempotent.
 
         Preconditions:
             - No CPU uses the address space any more.
         """
-        with self.mapping_lock, self.active_lock:
-            removal = pma.Removal()
-            backing.invalidate_locked(self, 0, self.max_addr, removal)
-            removal.run(self)
-            self.vmas.clear()
-            self.generation += 1
+        with self.mapping_lock:
+            dropped = unmap.unmap_locked(self, 0, self.max_addr)
             if self.home is not None:
                 self.arena.unreserve(self.home.reservation)
                 self.home = None
+        del dropped

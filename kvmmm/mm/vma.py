@@ -100,6 +100,84 @@ def new_vma_set() -> SegmentSet[Vma]:
     return SegmentSet(merge=_merge)
 
 
+def insert_locked(mm: MemoryManager, start: int, end: int, vma: Vma) -> None:
+    """Add a vma where none is, merged with neighbours that are alike, and account for it.
+
+    Preconditions:
+        - mapping_lock is held; [start, end) is page aligned and has no vma.
+    """
+    mm.vmas.insert(start, end, vma)
+    _account(mm, vma, end - start)
+    mm.generation += 1
+
+
+def remove_locked(mm: MemoryManager, start: int, end: int) -> list[tuple[int, int, Vma]]:
+    """Take the vmas out of [start, end) and account for it; returns what went, in order.
+
+    Preconditions:
+        - mapping_lock is held; the pmas are gone already.
+    """
+    pieces = mm.vmas.remove(start, end)
+    for piece_start, piece_end, vma in pieces:
+        _account(mm, vma, piece_start - piece_end)
+    if pieces:
+        mm.generation += 1
+    return pieces
+
+
+def change_locked(mm: MemoryManager, start: int, end: int, **changes: Any) -> None:  # noqa: ANN401 - the constructor's keywords
+    """Change attributes of all vmas in [start, end), split and merged as that needs.
+
+    Preconditions:
+        - mapping_lock is held.
+    """
+    has_changed = False
+
+    def change(piece_start: int, piece_end: int, old: Vma) -> Vma:
+        nonlocal has_changed
+        new = old.replaced(**changes)
+        if new.key == old.key:
+            return old
+        has_changed = True
+        _account(mm, old, piece_start - piece_end)
+        _account(mm, new, piece_end - piece_start)
+        return new
+
+    mm.vmas.mutate(start, end, change)
+    if has_changed:
+        mm.generation += 1
+
+
+def _account(mm: MemoryManager, vma: Vma, n_bytes: int) -> None:
+    # n_bytes more of such a vma; fewer when negative.
+    if vma.is_private_data:
+        mm.data_bytes += n_bytes
+    if vma.lock_mode != LOCK_NONE:
+        mm.locked_bytes += n_bytes
+
+
+def span_locked(mm: MemoryManager, start: int, end: int) -> int:
+    """Return how many bytes of [start, end) are mapped.
+
+    Preconditions:
+        - mapping_lock is held.
+    """
+    return sum(min(e, end) - max(s, start) for s, e, _ in mm.vmas.segments(start, end))
+
+
+def locked_span_locked(mm: MemoryManager, start: int, end: int) -> int:
+    """Return how many bytes of [start, end) are mlocked.
+
+    Preconditions:
+        - mapping_lock is held.
+    """
+    return sum(
+        min(e, end) - max(s, start)
+        for s, e, vma in mm.vmas.segments(start, end)
+        if vma.lock_mode != LOCK_NONE
+    )
+
+
 def check_access_locked(mm: MemoryManager, addr: int, access: int) -> tuple[int, int, Vma]:
     """Return (start, end, vma) of the vma at `addr`, if it allows `access`.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmmm.hostarch.access import NO_ACCESS, READ, READ_EXECUTE, READ_WRITE
-from kvmmm.hostarch.ranges import AddrRange, FileRange
+from kvmmm.hostarch.ranges import FileRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,10 +21,10 @@ PAGE = 4096
 
 def test_maps(make: Make):
     setup = make()
-    setup.mm.mmap(AddrRange(0x1000, 0x400000), READ_WRITE, "[memory]")
-    setup.mm.mmap(AddrRange(0x100000, 0x103000), READ_EXECUTE, "[image]")
-    setup.mm.mmap(AddrRange(0x300000, 0x301000), NO_ACCESS)
-    setup.mm.populate(AddrRange(0x100000, 0x102000))
+    setup.map(0x1000, 0x400000, READ_WRITE, "[memory]")
+    setup.map(0x100000, 0x103000, READ_EXECUTE, "[image]")
+    setup.map(0x300000, 0x301000, NO_ACCESS)
+    setup.mm.populate(0x100000, 0x2000)
     assert setup.mm.maps() == (
         "000000001000-000000100000 rw-p          0 KiB  [memory]\n"
         "000000100000-000000103000 r-xp          8 KiB  [image]\n"
@@ -42,8 +42,8 @@ class TestCheckInvariants:
     @pytest.fixture
     def setup(self, make: Make) -> Setup:
         setup = make()
-        setup.mm.mmap(AddrRange(0, 16 * PAGE), READ_WRITE)
-        setup.mm.populate(AddrRange(0, 16 * PAGE))
+        setup.map(0, 16 * PAGE, READ_WRITE)
+        setup.mm.populate(0, 16 * PAGE)
         setup.mm.check_invariants()
         return setup
 
@@ -63,9 +63,10 @@ class TestCheckInvariants:
         setup.mm.check_invariants()
 
     def test_a_translation_that_grants_too_much(self, setup: Setup):
-        setup.mm.mprotect(AddrRange(0, 16 * PAGE), READ)
+        setup.mm.mprotect(0, 16 * PAGE, READ)
         setup.mm.check_invariants()
         _, _, pma = next(iter(setup.mm.pmas))
         setup.space.map_file(0, setup.arena, FileRange(pma.delta, pma.delta + PAGE), READ_WRITE)
         with pytest.raises(AssertionError, match="may be written"):
             setup.mm.check_invariants()
+        setup.space.pages.clear()

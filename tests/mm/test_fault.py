@@ -8,7 +8,6 @@ import pytest
 
 from kvmmm.errors import GuestFaultError, RangeError
 from kvmmm.hostarch.access import EXECUTE, NO_ACCESS, READ, READ_EXECUTE, READ_WRITE, WRITE
-from kvmmm.hostarch.ranges import AddrRange
 from tests.mm.conftest import HUGE
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def counts(setup: Setup) -> tuple[int, ...]:
 )
 def test_first_access(make: Make, access: int, counted: tuple[int, ...]):
     setup = make()
-    setup.mm.mmap(AddrRange(0, HUGE), READ_WRITE | EXECUTE)
+    setup.map(0, HUGE, READ_WRITE | EXECUTE)
     setup.mm.handle_user_fault(12345, access)
     assert counts(setup) == (*counted, 1, 1, 0, 0)
     assert setup.space.is_mapped(12345, READ_WRITE | EXECUTE)
@@ -40,7 +39,7 @@ def test_first_access(make: Make, access: int, counted: tuple[int, ...]):
 
 def test_a_spurious_fault_is_harmless(make: Make):
     setup = make()
-    setup.mm.mmap(AddrRange(0, HUGE), READ_WRITE)
+    setup.map(0, HUGE, READ_WRITE)
     setup.space.store(0, b"kept")
     for _ in range(3):
         setup.mm.handle_user_fault(0, READ)
@@ -62,7 +61,7 @@ def test_a_spurious_fault_is_harmless(make: Make):
 )
 def test_what_a_vma_forbids(make: Make, perms: int, refused: set[int]):
     setup = make()
-    setup.mm.mmap(AddrRange(0, HUGE), perms)
+    setup.map(0, HUGE, perms)
     for access in (READ, WRITE, EXECUTE):
         if access not in refused:
             setup.mm.handle_user_fault(PAGE + 1, access)
@@ -81,7 +80,7 @@ def test_what_a_vma_forbids(make: Make, perms: int, refused: set[int]):
 @pytest.mark.parametrize("addr", [0, PAGE - 1, 3 * PAGE, 1 << 50])
 def test_where_nothing_is_mapped(make: Make, addr: int):
     setup = make()
-    setup.mm.mmap(AddrRange(PAGE, 3 * PAGE), READ_WRITE)
+    setup.map(PAGE, 3 * PAGE, READ_WRITE)
     with pytest.raises(GuestFaultError, match="nothing is mapped there") as caught:
         setup.mm.handle_user_fault(addr, READ)
     assert not caught.value.mapped
@@ -91,9 +90,9 @@ def test_where_nothing_is_mapped(make: Make, addr: int):
 
 def test_a_pma_over_two_vmas_is_mapped_in_parts(make: Make):
     setup = make()
-    setup.mm.mmap(AddrRange(0, HUGE), READ_WRITE)
+    setup.map(0, HUGE, READ_WRITE)
     setup.space.store(0, b"x")  # one pma over all of it
-    setup.mm.mprotect(AddrRange(8 * PAGE, 16 * PAGE), READ)
+    setup.mm.mprotect(8 * PAGE, 8 * PAGE, READ)
     setup.space.pages.clear()
     setup.mm.handle_user_fault(9 * PAGE, READ)
     assert sorted(setup.space.pages) == [n * PAGE for n in range(8, 16)]
@@ -104,16 +103,16 @@ def test_a_pma_over_two_vmas_is_mapped_in_parts(make: Make):
 
 def test_what_is_populated_does_not_fault_and_is_no_larger(make: Make):
     setup = make()
-    setup.mm.mmap(AddrRange(0, 4 * HUGE), READ_WRITE)
-    setup.mm.mmap(AddrRange(4 * PAGE, 8 * PAGE), READ_EXECUTE)
-    setup.mm.populate(AddrRange(4 * PAGE, 8 * PAGE))
+    setup.map(0, 4 * HUGE, READ_WRITE)
+    setup.map(4 * PAGE, 8 * PAGE, READ_EXECUTE)
+    setup.mm.populate(4 * PAGE, 4 * PAGE)
     setup.mm.copy_out(5 * PAGE, b"code", ignore_permissions=True)
     assert setup.space.load(5 * PAGE, 4, EXECUTE) == b"code"
     assert setup.mm.counters.faults == 0
     assert set(setup.space.pages) == {n * PAGE for n in range(4, 8)}
-    setup.mm.mmap(AddrRange(HUGE, HUGE + PAGE), NO_ACCESS)
+    setup.map(HUGE, HUGE + PAGE, NO_ACCESS)
     with pytest.raises(GuestFaultError) as caught:
-        setup.mm.populate(AddrRange(HUGE - PAGE, HUGE + PAGE))
+        setup.mm.populate(HUGE - PAGE, 2 * PAGE)
     assert (caught.value.addr, caught.value.done) == (HUGE, PAGE)
 
 
@@ -133,8 +132,8 @@ def test_several_mappings_at_once_are_all_or_nothing(make: Make):
 
 def test_what_copies_back_is_mapped_once_asked(make: Make):
     setup = make()
-    setup.mm.mmap(AddrRange(0, 4 * HUGE), READ_WRITE)
-    setup.mm.mmap(AddrRange(4 * PAGE, 8 * PAGE), NO_ACCESS)
+    setup.map(0, 4 * HUGE, READ_WRITE)
+    setup.map(4 * PAGE, 8 * PAGE, NO_ACCESS)
     setup.mm.copy_out(2 * HUGE, b"tables")
     setup.mm.copy_out(5 * PAGE, b"none", ignore_permissions=True)
     assert setup.space.pages == {}

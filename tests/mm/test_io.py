@@ -9,7 +9,6 @@ import pytest
 
 from kvmmm.errors import ArenaExhaustedError, GuestFaultError
 from kvmmm.hostarch.access import EXECUTE, NO_ACCESS, READ, READ_WRITE, WRITE
-from kvmmm.hostarch.ranges import AddrRange
 from tests.mm.conftest import HUGE
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ END = START + 3 * HUGE
 def setup(make: Make) -> Setup:
     """[START, END) read-write; its windows are several pmas."""
     setup = make()
-    setup.mm.mmap(AddrRange(START, END), READ_WRITE, "[memory]")
+    setup.map(START, END, READ_WRITE, "[memory]")
     return setup
 
 
@@ -86,11 +85,10 @@ class TestRefused:
 
     @pytest.fixture
     def setup(self, setup: Setup, end_mapped: bool) -> Setup:
-        page = AddrRange(END - PAGE, END)
         if end_mapped:
-            setup.mm.mprotect(page, NO_ACCESS)
+            setup.mm.mprotect(END - PAGE, PAGE, NO_ACCESS)
         else:
-            setup.mm.munmap(page)
+            setup.mm.munmap(END - PAGE, PAGE)
         return setup
 
     def check(self, error: GuestFaultError, access: int, end_mapped: bool) -> None:
@@ -125,7 +123,7 @@ class TestRefused:
 @pytest.mark.parametrize("perms", [READ, EXECUTE, READ | EXECUTE])
 def test_a_mapping_without_write_is_read_and_not_written(setup: Setup, perms: int):
     setup.mm.copy_out(START, b"kept")
-    setup.mm.mprotect(AddrRange(START, END), perms)
+    setup.mm.mprotect(START, END - START, perms)
     assert setup.mm.read(START, 4) == b"kept"  # x86: execute implies read
     with pytest.raises(GuestFaultError) as caught:
         setup.mm.copy_out(START, b"lost")
@@ -134,7 +132,7 @@ def test_a_mapping_without_write_is_read_and_not_written(setup: Setup, perms: in
 
 
 def test_a_debugger_ignores_permissions_but_not_holes(setup: Setup):
-    setup.mm.mprotect(AddrRange(START, END), NO_ACCESS)
+    setup.mm.mprotect(START, END - START, NO_ACCESS)
     assert setup.mm.copy_out(START, b"abc", ignore_permissions=True) == 3
     assert setup.mm.read(START, 3, ignore_permissions=True) == b"abc"
     with pytest.raises(GuestFaultError):
@@ -150,7 +148,7 @@ def test_addresses_out_of_this_world(setup: Setup, addr: int):
 
 def test_exhausted_in_the_middle_says_where(make: Make):
     setup = make(HUGE)
-    setup.mm.mmap(AddrRange(START, END), READ_WRITE)
+    setup.map(START, END, READ_WRITE)
     with pytest.raises(ArenaExhaustedError) as caught:
         setup.mm.copy_out(START, bytes(HUGE + PAGE))
     notes = " ".join(caught.value.__notes__)

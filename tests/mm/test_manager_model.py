@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvmmm.errors import GuestFaultError
+from kvmmm.errors import GuestFaultError, MmError
 from kvmmm.hostarch.access import EXECUTE, READ, WRITE
 from kvmmm.hostarch.addr import PAGE_BYTES
 from kvmmm.hostarch.ranges import AddrRange
@@ -56,22 +57,29 @@ class Memory(RuleBasedStateMachine):
     @rule(page=PAGES, count=COUNTS, perms=PERMS, name=NAMES)
     def mmap(self, page: int, count: int, perms: int, name: str) -> None:
         ar = self.range(page, count)
-        self.mm.mmap(ar, perms, name)
+        self.setup.map(ar.start, ar.end, perms, name)
         self.model.mmap(ar.start, ar.end, perms, name)
 
     @rule(page=PAGES, count=COUNTS)
     def munmap(self, page: int, count: int) -> None:
         ar = self.range(page, count)
-        self.mm.munmap(ar)
+        self.mm.munmap(ar.start, ar.length_bytes)
         self.model.munmap(ar.start, ar.end)
 
     @rule(page=PAGES, count=COUNTS, perms=PERMS)
     def mprotect(self, page: int, count: int, perms: int) -> None:
         ar = self.range(page, count)
-        self.compare(
-            lambda: self.mm.mprotect(ar, perms),
-            lambda: self.model.mprotect(ar.start, ar.end, perms),
-        )
+        refused: RefusedError | None = None
+        try:
+            self.model.mprotect(ar.start, ar.end, perms)
+        except RefusedError as e:
+            refused = e
+        if refused is None:
+            self.mm.mprotect(ar.start, ar.length_bytes, perms)
+            return
+        with pytest.raises(MmError) as caught:
+            self.mm.mprotect(ar.start, ar.length_bytes, perms)
+        assert (caught.value.addr, caught.value.errno) == (refused.addr, errno.ENOMEM)
 
     @rule(page=PAGES, count=st.integers(1, 20))
     def populate(self, page: int, count: int) -> None:
@@ -82,11 +90,11 @@ class Memory(RuleBasedStateMachine):
         except RefusedError as e:
             refused = e
         if refused is None:
-            self.mm.populate(ar)
+            self.mm.populate(ar.start, ar.length_bytes)
             assert all(self.space.is_mapped(p, READ) for p in range(ar.start, ar.end, PAGE_BYTES))
         else:
             with pytest.raises(GuestFaultError) as caught:
-                self.mm.populate(ar)
+                self.mm.populate(ar.start, ar.length_bytes)
             assert (caught.value.addr, caught.value.done) == (refused.addr, refused.done)
 
     def compare(

@@ -39,20 +39,20 @@ def faults_upwards(setup: Setup, start: int, end: int) -> list[int]:
 class TestWindows:
     def test_sequential_touching_doubles_from_2_to_16_mib(self, make: Make):
         setup = make(128 << 20)
-        setup.mm.mmap(AddrRange(0, 96 << 20), READ_WRITE)
+        setup.map(0, 96 << 20, READ_WRITE)
         windows = faults_upwards(setup, 0, 96 << 20)
         assert [w >> 20 for w in windows] == [2, 4, 8, 16, 16, 16, 16, 16, 2]
 
     def test_a_large_vma_has_larger_windows(self, make: Make):
         setup = make(4 * GIB, 4 * GIB)
-        setup.mm.mmap(AddrRange(0, 4 * GIB), READ_WRITE)
+        setup.map(0, 4 * GIB, READ_WRITE)
         windows = faults_upwards(setup, 0, GIB)
         assert max(windows) == 64 << 20  # 1/64 of it
         assert len(windows) < 25
 
     def test_jumping_about_backs_2_mib_each(self, make: Make):
         setup = make()
-        setup.mm.mmap(AddrRange(0, 64 << 20), READ_WRITE)
+        setup.map(0, 64 << 20, READ_WRITE)
         for addr in (50 << 20, 10 << 20, (30 << 20) + 12345, 20 << 20):
             setup.mm.handle_user_fault(addr, READ)
             found = setup.mm.pmas.find(addr)
@@ -62,8 +62,8 @@ class TestWindows:
     def test_it_ends_at_the_vma_and_at_other_pmas(self, make: Make):
         setup = make()
         vma = AddrRange(HUGE + 3 * PAGE, 2 * HUGE - 5 * PAGE)
-        setup.mm.mmap(vma, READ_WRITE)
-        setup.mm.populate(AddrRange(HUGE + 9 * PAGE, HUGE + 10 * PAGE))
+        setup.map(vma.start, vma.end, READ_WRITE)
+        setup.mm.populate(HUGE + 9 * PAGE, PAGE)
         setup.mm.handle_user_fault(HUGE + 20 * PAGE, READ)
         backed = [(s, e) for s, e, _ in setup.mm.pmas]
         assert backed[0][0] == HUGE + 9 * PAGE
@@ -74,7 +74,7 @@ class TestWindows:
     def test_scarce_translations_ask_for_larger_windows(self, make: Make):
         setup = make()
         setup.space.min_window_bytes = 8 << 20
-        setup.mm.mmap(AddrRange(0, 64 << 20), READ_WRITE)
+        setup.map(0, 64 << 20, READ_WRITE)
         setup.mm.handle_user_fault(13 << 20, READ)
         assert [(s >> 20, e >> 20) for s, e, _ in setup.mm.pmas] == [(8, 16)]
 
@@ -84,7 +84,7 @@ class TestPlace:
     def test_address_and_offset_agree_modulo_2_mib(self, make: Make, home: bool):
         setup = make(128 << 20, 64 << 20, home=home)
         taken = setup.arena.allocate(3 * PAGE)  # so that nothing fits by chance
-        setup.mm.mmap(AddrRange(5 * PAGE, 64 << 20), READ_WRITE)
+        setup.map(5 * PAGE, 64 << 20, READ_WRITE)
         for addr in (5 * PAGE, 33 << 20, (7 << 20) + 0x5000, 63 << 20):
             setup.mm.handle_user_fault(addr, READ)
         for start, _end, pma in setup.mm.pmas:
@@ -93,7 +93,7 @@ class TestPlace:
 
     def test_at_home_neighbouring_windows_are_one_pma(self, make: Make):
         setup = make(128 << 20, 64 << 20, home=True)
-        setup.mm.mmap(AddrRange(0, 64 << 20), READ_WRITE)
+        setup.map(0, 64 << 20, READ_WRITE)
         for addr in (20 << 20, 24 << 20, 22 << 20):
             setup.mm.handle_user_fault(addr, READ)
         assert [(s >> 20, e >> 20) for s, e, _ in setup.mm.pmas] == [(20, 26)]
@@ -101,7 +101,7 @@ class TestPlace:
     def test_a_home_that_does_not_fit_is_done_without(self, make: Make):
         setup = make(8 << 20, 64 << 20, home=True)
         assert setup.mm.home is None
-        setup.mm.mmap(AddrRange(0, 64 << 20), READ_WRITE)
+        setup.map(0, 64 << 20, READ_WRITE)
         setup.mm.handle_user_fault(40 << 20, READ)
         assert len(setup.mm.pmas) == 1
 
@@ -109,7 +109,7 @@ class TestPlace:
 class TestSmallArena:
     def test_it_shrinks_the_window_before_it_gives_up(self, make: Make):
         setup = make(4 * HUGE)
-        setup.mm.mmap(AddrRange(0, 64 << 20), READ_WRITE)
+        setup.map(0, 64 << 20, READ_WRITE)
         # Three windows and a bit are left; the bit is smaller than a window.
         taken = setup.arena.allocate(HUGE - (68 << 10), at=3 * HUGE)
         for addr in range(0, 3 * HUGE, HUGE):
@@ -124,7 +124,7 @@ class TestSmallArena:
 
     def test_exhausted_is_an_error_with_figures_and_changes_nothing(self, make: Make):
         setup = make(2 * HUGE)
-        setup.mm.mmap(AddrRange(0, 64 << 20), READ_WRITE)
+        setup.map(0, 64 << 20, READ_WRITE)
         for addr in (0, HUGE):
             setup.mm.handle_user_fault(addr, WRITE)
         before = [(s, e) for s, e, _ in setup.mm.pmas], dict(setup.space.pages)
@@ -135,14 +135,14 @@ class TestSmallArena:
         assert ([(s, e) for s, e, _ in setup.mm.pmas], dict(setup.space.pages)) == before
         assert setup.mm.counters.refused == 1
         setup.mm.check_invariants()
-        setup.mm.munmap(AddrRange(0, HUGE))  # room again
+        setup.mm.munmap(0, HUGE)  # room again
         setup.mm.handle_user_fault(10 << 20, WRITE)
 
     def test_any_free_page_will_do_in_the_end(self, make: Make):
         """The last page of the arena backs any address, whatever its phase."""
         setup = make(HUGE)
         taken = setup.arena.allocate(HUGE - PAGE, at=0)
-        setup.mm.mmap(AddrRange(0, 64 << 20), READ_WRITE)
+        setup.map(0, 64 << 20, READ_WRITE)
         setup.mm.handle_user_fault(20 << 20, WRITE)
         assert setup.space.load(20 << 20, 8) == bytes(8)
         setup.arena.dec_ref(taken)
