@@ -24,43 +24,71 @@ An entry (SDM Vol. 3A table 4-20 for a PTE; the others differ in PS and in the l
     +--+---------+------------------------------------+------+-+--+-+-+---+---+-+-+-+
 
 What the CPU permits is W and U of all levels together (AND), NX of any level (OR). Our upper
-entries are permissive (P|W|U|A), so the leaf alone decides. A and D are set in advance, which
-spares the CPU a locked write to the table.
+entries are permissive (P|W|U|A), so the leaf alone decides; but a link without W leads to a table
+that is shared (below). A and D are set in advance, which spares the CPU a locked write to the
+table.
 
     pte        bits, spans, flags from access bits, text
     allocator  where table pages come from
-    walker     one walk of a range through the levels, and runs of leaves
-    edit       the three walks that write: map, unmap, protect
-    scan       the two that read: one address, all leaves of a range
+    ranges     which addresses there are, and what is wrong with others
+    share      what the spaces on one allocator have in common: links to shared tables
+    tree       tables: new ones, copies, their ends
+    scan       all leaves of a range
     tables     `PageTables`, what everybody else uses
     dump       one line a run
 
+The walks are C (`_native/pagetable.c`): they read and write entries, and stop where a table is
+needed. Then `tree` prepares one, links it, and has the walk go on. A map below existing tables, of
+one page or a table's 512, is one call.
+
 Invariants, between calls:
-    - Every table but the root holds at least one entry, and is pointed to by exactly one.
+    - Every table but the root holds at least one entry.
     - An entry is 0, a leaf, or a link to a table; absent entries hold no notes of ours.
+    - Every path to a table that two links lead to has a link without W. What lies below a link
+      without W is never written.
     - `n_tables` counts the tables that can be reached from the root, the root included.
 
-Tables may be live under a running vCPU. Hence the order of stores:
-    - A single entry is one aligned 8-byte store: an item of a memoryview "Q". A run is one memcpy
-      to an 8-byte aligned place, whose stores are of one or several whole entries, cut at cache
-      lines only: the CPU's table walk never sees half an entry.
-    - A new table is filled first, then its parent entry is stored. So a split superpage goes from
-      old to new in one store, and what stays in it keeps its translation throughout. x86 keeps
-      stores in order, and each is a call of its own into the interpreter: no compiler moves it.
-    - An entry is cleared first, then its table is retired. A CPU may go on walking a retired table
-      out of its paging-structure caches (SDM Vol. 3A 4.10.3), so it goes back to the allocator only
-      when the caller says, by `PageTables.recycle`, that the shootdown is done.
+**Forks.** Parent and child get new roots over the same lower tables, W cleared in the roots. Who
+wants to change something below takes copies of his own, down to the table in question; a copy has
+no W in any entry, so what *it* links to is shared in turn. The same at the last holder: a table is
+not written again once it was shared. An unmap that takes all of a shared table just drops the link.
+
+**What may be edited where it stands.** CPUs walk the tables meanwhile, and remember (SDM Vol. 3A
+4.10); and a KVM that shadows page tables remembers more. It keeps a shadow page for each table, by
+the table's frame number, and shadow links between them; it never looks at a host's edits, and a
+shootdown of data frames empties shadow leaves, not shadow links. So an old shadow link leads on to
+the shadow of a table that *others* fill again: another space that shares the table, or the table
+that the frame became later. Then an address that was unmapped translates again, to somebody else's
+page. (All of it was seen to happen: after a split, an unmap or a downgrade of a superpage that
+another space maps as well; after a link to a shared table was changed or dropped in place; after a
+table emptied by an ordinary unmap became a table elsewhere.) Hence, while tables are `live`:
+
+    - Edited in place: 4 KiB leaves of a table that is this space's alone; absent entries, filled;
+      a link to a table of its own that an unmap emptied, cleared.
+    - All else (superpages, links) is edited in copies of every table on the path, under a new root.
+      `root_gpa` changes, and the caller has the CPUs load it: a root that KVM has never seen.
+    - A frame that was a table keeps its place until KVM was made to drop all shadow pages (a *zap*:
+      a memslot deleted). An emptied table is parked, and comes back only at the same level and
+      address of the same space. All others wait: `n_quarantined`, `recycle`, `release`.
+
+Hence the order of stores, too:
+    - Every store is one aligned 8-byte store: the CPU's table walk never sees half an entry.
+    - Tables are complete before they are linked, by one store. So a split superpage goes from old
+      to new at once, and what stays in it keeps its translation throughout.
 
 After removal or downgrade the *caller* must shoot translations down; whether he must is what `map`,
-`unmap` and `protect` return. A CPU caches no absent entries: what only adds needs nothing.
+`unmap` and `protect` return. A CPU caches no absent entries: what only adds needs nothing. Nobody
+else may write the tables: C follows links without asking the allocator.
 
-Source: SDM Vol. 3A chapter 4; gVisor pkg/ring0/pagetables (decomposition, and what `map` answers).
+Source: SDM Vol. 3A chapter 4; Linux arch/x86/kvm/mmu (kvm_mmu_get_child_sp); gVisor
+pkg/ring0/pagetables (decomposition, and what `map` answers).
 """
 
 from __future__ import annotations
 
 from kvmmm.pagetables.allocator import MemoryTableAllocator, TableAllocator
 from kvmmm.pagetables.scan import MappedRun, Translation
+from kvmmm.pagetables.share import TableShares
 from kvmmm.pagetables.tables import PageTables
 
 __all__ = [
@@ -68,5 +96,6 @@ __all__ = [
     "MemoryTableAllocator",
     "PageTables",
     "TableAllocator",
+    "TableShares",
     "Translation",
 ]

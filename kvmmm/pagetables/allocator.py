@@ -10,10 +10,29 @@ from typing import Protocol
 
 from kvmmm.errors import ArenaExhaustedError, StateError
 from kvmmm.pagetables.pte import TABLE_BYTES
+from kvmmm.pagetables.share import TableShares
+from kvmmm.safemem.ffi import address_of, ffi
 
 
 class TableAllocator(Protocol):
-    """Hands out pages for tables. Called with the lock of the address space held."""
+    """Hands out pages for tables.
+
+    Several spaces may have one allocator in common (they must, if one is forked from the other):
+    it serialises their calls itself.
+
+    Attributes:
+        table_hva_delta: Host address minus guest-physical address, the same for all its tables,
+            modulo 2**64: C walks them.
+        shares: A `TableShares` of its own, for `PageTables`.
+    """
+
+    @property
+    def table_hva_delta(self) -> int:
+        """See above. Constant."""
+
+    @property
+    def shares(self) -> TableShares:
+        """See above. Constant."""
 
     def allocate(self) -> tuple[int, memoryview]:
         """Return a zeroed page: its gpa, and its 512 entries as a writable memoryview "Q".
@@ -23,7 +42,7 @@ class TableAllocator(Protocol):
         """
 
     def entries(self, gpa: int) -> memoryview:
-        """Return the entries of the table at `gpa`. Called for every level of every walk.
+        """Return the entries of the table at `gpa`.
 
         Raises:
             StateError: No table of this allocator lies there.
@@ -45,7 +64,7 @@ class MemoryTableAllocator:
     Lifetime: the views that it handed out keep the buffer alive, and unresizable.
     """
 
-    __slots__ = ("_capacity_bytes", "_free", "_live", "_views")
+    __slots__ = ("_capacity_bytes", "_free", "_live", "_views", "shares", "table_hva_delta")
 
     def __init__(
         self,
@@ -63,6 +82,8 @@ class MemoryTableAllocator:
         self._capacity_bytes = capacity_tables * TABLE_BYTES
         whole = memoryview(bytearray(self._capacity_bytes) if buffer is None else buffer)
         words = whole[: self._capacity_bytes].cast("B").cast("Q")
+        self.table_hva_delta = (address_of(ffi.from_buffer(words)) - base_gpa) % (1 << 64)
+        self.shares = TableShares()
         step = TABLE_BYTES // 8
         # Every page's entries by gpa. Immutable.
         self._views = {

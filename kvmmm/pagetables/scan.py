@@ -1,7 +1,7 @@
-"""Reading tables: one address, or every leaf of a range.
+"""Reading every leaf of a range; one address is looked up by C (`kvmmm_pt_lookup`).
 
-Both obey all levels, as the CPU does: W and U hold if every level has them, NX if any level has it.
-Our own links are permissive, but a table may be linked read-only from above (a fork does that).
+All levels count, as for the CPU: W and U hold if every level has them, NX if any level has it. Our
+own links are permissive, but a shared table is linked without W.
 
 Source: SDM Vol. 3A 4.6.1.
 """
@@ -80,23 +80,6 @@ class Translation:
     def __repr__(self) -> str:
         size = SPAN_NAMES[self.leaf_bytes]
         return f"{self.gva:#018x} -> {self.gpa:#x}  {size} {flags_str(self.flags)}"
-
-
-def translate(allocator: TableAllocator, entries: memoryview, gva: int) -> Translation | None:
-    """Walk down from the root table `entries` to the leaf of `gva`, which must be canonical."""
-    every, some = -1, 0
-    for shift in (39, 30, 21, 12):
-        entry = entries[(gva >> shift) & 511]
-        if not entry & PTE_P:
-            return None
-        every &= entry
-        some |= entry
-        if shift == 12 or entry & PTE_PS:
-            flags = entry & _LEAF_ALONE | every & _ALL_MUST | some & PTE_NX
-            start = gva & -1 << shift
-            return Translation(start, entry & PTE_ADDRESS_MASK & -1 << shift, 1 << shift, flags)
-        entries = allocator.entries(entry & PTE_ADDRESS_MASK)
-    return None
 
 
 def leaves(

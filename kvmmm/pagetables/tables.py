@@ -4,35 +4,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from kvmmm.errors import RangeError, StateError
-from kvmmm.hostarch.addr import ADDRESS_LIMIT, PAGE_MASK
-from kvmmm.pagetables.edit import EditWalk, MapWalk, ProtectWalk, UnmapWalk
+from kvmmm.errors import StateError
+from kvmmm.hostarch.addr import ADDRESS_LIMIT
 from kvmmm.pagetables.pte import (
-    GPA_LIMIT,
     LEAF_FLAGS,
     LEVEL_SHIFTS,
     PDE_SPAN_BYTES,
     PDPTE_SPAN_BYTES,
     PTE_ADDRESS_MASK,
-    PTE_P,
-    PTE_PS,
     PTE_SPAN_BYTES,
+    PTE_W,
     ROOT_LEVEL,
 )
-from kvmmm.pagetables.scan import MappedRun, Translation, leaves, merge_runs, translate
-from kvmmm.pagetables.walker import nearest_table
+from kvmmm.pagetables.ranges import canonical_spans, check_leaf, check_range
+from kvmmm.pagetables.scan import MappedRun, Translation, leaves, merge_runs
+from kvmmm.pagetables.tree import TableTree
+from kvmmm.safemem.ffi import lib
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from kvmmm.pagetables.allocator import TableAllocator
 
-LOWER_HALF_END = 0x0000_8000_0000_0000
-UPPER_HALF_START = 0xFFFF_8000_0000_0000
-"""Between these two lies the hole: no canonical addresses. Source: SDM Vol. 1 3.3.7.1."""
+_map, _unmap, _protect = lib.kvmmm_pt_map, lib.kvmmm_pt_unmap, lib.kvmmm_pt_protect
+_lookup = lib.kvmmm_pt_lookup
+_CHANGED, _INVALID = lib.KVMMM_PT_CHANGED, lib.KVMMM_PT_INVALID
 
 
-class PageTables:
+class PageTables(TableTree):
     """The page tables below one root, a PML4.
 
     The caller serialises all calls; vCPUs may use the tables meanwhile (package comment).
@@ -44,12 +43,13 @@ class PageTables:
     Lifetime: `release` gives every page back. The allocator must outlive it.
 
     Attributes:
-        root_gpa: Guest-physical address of the PML4: what goes into CR3. Immutable.
-        n_tables: Tables reachable now, the root included.
+        root_gpa: Guest-physical address of the PML4: what belongs into CR3. Every edit may change
+            it, also one that raises ArenaExhaustedError. CPUs on the old one go on with the old
+            translations: whoever must see the edit, or must not go on, has to load the new one.
+        n_tables: Tables reachable now, the root and shared ones included; 0 once released.
     """
 
-    _root: memoryview | None
-    __slots__ = ("_allocator", "_retired", "_root", "_top_leaf_level", "n_tables", "root_gpa")
+    __slots__ = ("_fixed",)
 
     def __init__(
         self,
@@ -57,6 +57,8 @@ class PageTables:
         *,
         giant_pages: bool = False,
         max_leaf_bytes: int = PDPTE_SPAN_BYTES,
+        fixed: Mapping[int, int] | None = None,
+        live: bool = True,
     ) -> None:
         """Allocate an empty root.
 
@@ -65,28 +67,22 @@ class PageTables:
             giant_pages: Whether 1 GiB leaves may be used. Only where the CPU has them
                 (CPUID.80000001H:EDX.Page1GB): a bit is reserved, and faults, otherwise.
             max_leaf_bytes: No larger leaves than this: 4 KiB, 2 MiB or 1 GiB.
+            fixed: PML4 entries, by slot (0 to 511), that stand in every root: a kernel's half,
+                say. Whatever they lead to is somebody else's: not walked, changed or freed here.
+            live: Whether CPUs may walk the tables while they are edited. If not, everything is
+                edited in place and the root stays (but for a fork).
 
         Raises:
             ArenaExhaustedError: There is no page for the root.
         """
-        self._set_up(allocator, giant_pages, max_leaf_bytes)
-        self.root_gpa, self._root = allocator.allocate()
-        self.n_tables = 1
-
-    def _set_up(self, allocator: TableAllocator, giant_pages: bool, max_leaf_bytes: int) -> None:
-        if max_leaf_bytes not in {PTE_SPAN_BYTES, PDE_SPAN_BYTES, PDPTE_SPAN_BYTES}:
-            raise ValueError(f"a leaf has 4 KiB, 2 MiB or 1 GiB, not {max_leaf_bytes} bytes")
-        self._allocator = allocator
-        # Level of the largest leaves that may be made. Immutable.
-        self._top_leaf_level = LEVEL_SHIFTS.index(max_leaf_bytes.bit_length() - 1)
-        if not giant_pages and max_leaf_bytes == PDPTE_SPAN_BYTES:
-            self._top_leaf_level = 2
-        # gpas of tables that are unlinked, and may still be walked.
-        self._retired: list[int] = []
-        self.root_gpa = 0
-        # The root's entries; None once released.
-        self._root = None
-        self.n_tables = 0
+        top_level = _top_level(giant_pages, max_leaf_bytes)
+        root_gpa, entries = allocator.allocate()
+        self._set_up(allocator, root_gpa, live=live)
+        self._c.top_level = top_level
+        self._fixed = dict(fixed or {})
+        for slot, entry in self._fixed.items():
+            entries[slot] = entry
+            self._c.fixed[slot >> 6] |= 1 << (slot & 63)
 
     @classmethod
     def adopt(
@@ -97,6 +93,7 @@ class PageTables:
         *,
         giant_pages: bool = False,
         max_leaf_bytes: int = PDPTE_SPAN_BYTES,
+        live: bool = True,
     ) -> Self:
         """Take over tables that stand in the allocator's pages already: a copy of others, say.
 
@@ -106,11 +103,13 @@ class PageTables:
             n_tables: How many there are, the root included.
             giant_pages: As for the constructor; for later calls of `map`.
             max_leaf_bytes: As for the constructor; for later calls of `map`.
+            live: As for the constructor.
         """
         adopted = cls.__new__(cls)
-        adopted._set_up(allocator, giant_pages, max_leaf_bytes)  # noqa: SLF001 - our own
-        adopted.root_gpa = root_gpa
-        adopted._root = allocator.entries(root_gpa)  # noqa: SLF001
+        adopted._set_up(allocator, root_gpa, live=live)  # noqa: SLF001 - our own
+        adopted._c.top_level = _top_level(giant_pages, max_leaf_bytes)  # noqa: SLF001
+        adopted._c.used = True  # noqa: SLF001
+        adopted._fixed = {}  # noqa: SLF001
         adopted.n_tables = n_tables
         return adopted
 
@@ -135,30 +134,26 @@ class PageTables:
             on using the old translation until the caller has shot it down.
 
         Raises:
-            RangeError: Unaligned, empty, not canonical, or `gpa` out of bounds.
+            RangeError: Unaligned, empty, not canonical, in a fixed slot, or `gpa` out of bounds.
             ArenaExhaustedError: No page for a table. A lower part of the range may be mapped by
                 now, and what was there before may be gone: treat all of it as changed.
         """
-        if not flags & PTE_P:
-            return self.unmap(gva, length_bytes)
-        root = self._check(gva, length_bytes)
-        if gpa & PAGE_MASK or not 0 <= gpa <= GPA_LIMIT - length_bytes:
-            raise RangeError(gpa, gpa + length_bytes, "no page-aligned guest-physical range")
-        if flags & ~LEAF_FLAGS:
-            raise ValueError(f"flags {flags:#x} hold bits that are no flags of a leaf")
-        # A leaf of some size fits where both addresses agree modulo that size: one answer for all.
-        delta = gpa - gva
-        level = self._top_leaf_level
-        while delta & ((1 << LEVEL_SHIFTS[level]) - 1):
-            level -= 1
-        return self._edit(
-            MapWalk(self._allocator, level, delta, flags), root, gva, gva + length_bytes
-        )
+        # One call of C in the usual case. All else stands behind it: this runs cold, after an exit.
+        try:
+            done = _map(self._c, gva, length_bytes, gpa, flags)
+        except OverflowError:
+            done = _INVALID
+        if done > _CHANGED:
+            self._complain_if(done, gva, length_bytes, gpa, flags)
+            return self._finish(done)
+        return done == _CHANGED
 
     def unmap(self, gva: int, length_bytes: int) -> bool:
         """Remove every translation in [gva, gva + length_bytes).
 
-        Tables that become empty are unlinked at once and wait for `recycle`.
+        Tables that become empty, or are left to others, are unlinked at once and wait for
+        `recycle`. Tables are needed only where a superpage or a shared table is cut: never for
+        whole units of 512 GiB, so a caller who may remove more can always get his way.
 
         Args:
             gva: Guest-virtual, page-aligned.
@@ -169,19 +164,18 @@ class PageTables:
             are used for something else, and before he calls `recycle`.
 
         Raises:
-            RangeError: Unaligned, empty or not canonical.
-            ArenaExhaustedError: No page to split a superpage. A lower part of the range may be
-                gone; treat all of it as changed.
+            RangeError: Unaligned, empty, not canonical, or in a fixed slot.
+            ArenaExhaustedError: No page for a table. A lower part of the range may be gone; treat
+                all of it as changed.
         """
-        root = self._check(gva, length_bytes)
-        walk = UnmapWalk(self._allocator)
         try:
-            # From the root: a table that becomes empty is unlinked on the way back up.
-            walk.walk(root, ROOT_LEVEL, gva, gva + length_bytes)
-        finally:
-            self.n_tables += walk.n_new_tables - len(walk.retired)
-            self._retired += walk.retired
-        return walk.changed
+            done = _unmap(self._c, gva, length_bytes)
+        except OverflowError:
+            done = _INVALID
+        if done > _CHANGED:
+            self._complain_if(done, gva, length_bytes)
+            return self._finish(done)
+        return done == _CHANGED
 
     def protect(self, gva: int, length_bytes: int, flags: int) -> bool:
         """Give what is mapped in [gva, gva + length_bytes) other flags; absent pages stay absent.
@@ -197,35 +191,39 @@ class PageTables:
             the old ones faults and looks again.
 
         Raises:
-            RangeError: Unaligned, empty or not canonical.
+            RangeError: Unaligned, empty, not canonical, or in a fixed slot.
             ArenaExhaustedError: As in `unmap`.
         """
-        if not flags & PTE_P:
-            return self.unmap(gva, length_bytes)
-        root = self._check(gva, length_bytes)
-        if flags & ~LEAF_FLAGS:
-            raise ValueError(f"flags {flags:#x} hold bits that are no flags of a leaf")
-        return self._edit(ProtectWalk(self._allocator, flags), root, gva, gva + length_bytes)
-
-    def recycle(self) -> None:
-        """Give retired tables back to the allocator.
-
-        Preconditions:
-            - Since the last `unmap`, every CPU has dropped what it cached of these tables.
-        """
-        while self._retired:
-            self._allocator.free(self._retired.pop())
+        try:
+            done = _protect(self._c, gva, length_bytes, flags)
+        except OverflowError:
+            done = _INVALID
+        if done > _CHANGED:
+            self._complain_if(done, gva, length_bytes, 0, flags)
+            return self._finish(done)
+        return done == _CHANGED
 
     def lookup(self, gva: int) -> Translation | None:
         """Return what `gva`, guest-virtual, any byte, translates to; None where nothing is mapped.
 
-        An address in the hole is never mapped: None.
+        An address in the hole, or in a fixed slot, is never mapped: None.
         """
-        if not (0 <= gva < LOWER_HALF_END or UPPER_HALF_START <= gva < ADDRESS_LIMIT):
+        try:
+            found = _lookup(self._c, gva)
+        except OverflowError:
             return None
-        return translate(self._allocator, self._live_root(), gva)
+        if not found:
+            self._check_alive()
+            return None
+        # The level stands where the entry has bits that the CPU ignores.
+        shift = LEVEL_SHIFTS[found >> 9 & 7]
+        return Translation(
+            gva & -1 << shift, found & PTE_ADDRESS_MASK, 1 << shift, found & LEAF_FLAGS
+        )
 
-    def mappings(self, start: int = 0, end: int = ADDRESS_LIMIT) -> Iterator[MappedRun]:
+    def mappings(
+        self, start: int = 0, end: int = ADDRESS_LIMIT, *, include_fixed: bool = False
+    ) -> Iterator[MappedRun]:
         """Yield what is mapped in [start, end), ascending, as runs that are as long as can be.
 
         Leaves at the ends are yielded whole, even if only a part lies inside. The tables must not
@@ -234,9 +232,11 @@ class PageTables:
         Args:
             start: Guest-virtual.
             end: Guest-virtual, at most 2**64; the hole may lie in between.
+            include_fixed: Also what lies in fixed slots, whose tables must then be the allocator's.
         """
-        root = self._live_root()
-        for low, high in ((0, LOWER_HALF_END), (UPPER_HALF_START, ADDRESS_LIMIT)):
+        self._check_alive()
+        root = self._allocator.entries(self.root_gpa)
+        for low, high in canonical_spans(() if include_fixed else self._fixed):
             first, last = max(start, low), min(end, high)
             if first < last:
                 yield from merge_runs(leaves(self._allocator, root, first, last))
@@ -245,65 +245,131 @@ class PageTables:
         """Return whether nothing is mapped in [gva, gva + length_bytes), or anywhere."""
         return next(self.mappings(gva, gva + length_bytes), None) is None
 
-    def release(self) -> None:
+    def fork_into(self, child: PageTables) -> int:
+        """Let `child` map what is mapped here, and take W from both; tables are shared, not copied.
+
+        Costs the same for any space. Both get a new root, but a child's that was never used stays.
+        Until CPUs have loaded this one's new root, they can write as before.
+
+        Args:
+            child: Nothing is mapped by it. Same allocator, same fixed slots.
+
+        Returns:
+            How many links are shared now. With 0 nothing was mapped, and nothing is done.
+
+        Raises:
+            ValueError: The child is not empty, or not of this kind.
+            ArenaExhaustedError: No pages for the roots; nothing is done.
+        """
+        self._check_alive()
+        child._check_alive()
+        if child._allocator is not self._allocator or child._fixed.keys() != self._fixed.keys():
+            raise ValueError("a fork needs the same allocator and the same fixed slots")
+        if child.n_tables != 1 or child is self:
+            raise ValueError("a fork goes into page tables that map nothing")
+        links = self._root_links()
+        if not links:
+            return 0
+        root_gpa, root = self._allocator.allocate()
+        if child._c.used:
+            try:
+                child._replace_root(*self._allocator.allocate())
+            except BaseException:
+                self._allocator.free(root_gpa)
+                raise
+        with self._shares.lock:
+            for _, entry in links:
+                self._shares.add_locked(entry & PTE_ADDRESS_MASK)
+        for entries in (root, self._allocator.entries(child.root_gpa)):
+            for slot, entry in links:
+                entries[slot] = entry & ~PTE_W
+        self._replace_root(root_gpa, root)
+        child._c.used = True
+        child.n_tables = self.n_tables
+        return len(links)
+
+    def _root_links(self) -> list[tuple[int, int]]:
+        entries = self._allocator.entries(self.root_gpa).tolist()
+        return [(i, e) for i, e in enumerate(entries) if e and i not in self._fixed]
+
+    def _replace_root(self, gpa: int, entries: memoryview) -> None:
+        for slot, entry in self._fixed.items():
+            entries[slot] = entry
+        self._replaced.append(self.root_gpa)
+        self.root_gpa = self._c.root_gpa = gpa
+        # Tables that were parked below ones that are shared now must not come back.
+        self._unpark()
+
+    @property
+    def n_quarantined(self) -> int:
+        """Pages that can be tables again only after a zap: what `recycle` would free."""
+        return (
+            len(self._stale) + len(self._parked) + len(self._replaced) + len(self._shares.orphans)
+        )
+
+    def recycle(self, *, zapped: bool) -> None:
+        """Say that no CPU uses what earlier calls removed, and free what can be freed.
+
+        Preconditions:
+            - Since the last edit every CPU of this space has loaded `root_gpa`, and dropped what
+              it cached of removed or changed translations.
+            - With `zapped`: KVM has been made to drop all shadow pages since, or keeps none. From
+              before that until this returns, no other space on the allocator called `recycle` or
+              `release`.
+
+        Args:
+            zapped: See there. Without it nothing is freed: pages go on waiting (package comment).
+        """
+        self._settle()
+        if zapped:
+            self._unpark()
+            self._settle()
+            self._free_stale()
+
+    def release(self, *, zapped: bool = False) -> None:
         """Give all pages back; nothing else may be called afterwards. Twice is allowed.
 
         Preconditions:
-            - No CPU has `root_gpa` in its CR3.
+            - No CPU has `root_gpa`, or an earlier one of this space, in its CR3.
+
+        Args:
+            zapped: As for `recycle`, after the last CPU left. Otherwise the pages wait in the
+                allocator's `shares` for the next `recycle` or `release`, of any space, that has it.
         """
-        if self._root is None:
+        if not self.n_tables:
             return
-        self.recycle()
-        self._release_below(self._root, ROOT_LEVEL)
-        self._root = None
+        self._unpark()
+        for _, entry in self._root_links():
+            self._left.append((entry & PTE_ADDRESS_MASK, ROOT_LEVEL - 1))
+        self._replaced.append(self.root_gpa)
+        self._settle()
         self.n_tables = 0
-        self._allocator.free(self.root_gpa)
+        self._c.is_released = True
+        if zapped:
+            self._free_stale()
+        else:
+            with self._shares.lock:
+                self._shares.orphans += self._stale
+            self._stale.clear()
 
-    def _release_below(self, entries: memoryview, level: int) -> None:
-        for entry in entries.tolist():
-            if entry & (PTE_P | PTE_PS) == PTE_P:
-                gpa = entry & PTE_ADDRESS_MASK
-                if level > 2:
-                    self._release_below(self._allocator.entries(gpa), level - 1)
-                self._allocator.free(gpa)
-
-    def _edit(self, walk: EditWalk, root: memoryview, gva: int, end: int) -> bool:
-        try:
-            entries, level = nearest_table(self._allocator, root, gva, end)
-            walk.walk(entries, level, gva, end)
-        finally:
-            self.n_tables += walk.n_new_tables
-        return walk.changed
-
-    def _live_root(self) -> memoryview:
-        if self._root is None:
+    def _check_alive(self) -> None:
+        if not self.n_tables:
             raise StateError("these page tables were released")
-        return self._root
 
-    def _check(self, gva: int, length_bytes: int) -> memoryview:
-        # Everything about the range that can be wrong, before anything is changed.
-        end = gva + length_bytes
-        if (
-            (gva | length_bytes) & PAGE_MASK
-            or length_bytes <= 0
-            or not (
-                (gva >= 0 and end <= LOWER_HALF_END)
-                or (gva >= UPPER_HALF_START and end <= ADDRESS_LIMIT)
-            )
-        ):
-            raise _range_error(gva, length_bytes)
-        return self._live_root() if self._root is None else self._root
+    def _complain_if(
+        self, done: int, gva: int, length_bytes: int, gpa: int = 0, flags: int = 0
+    ) -> None:
+        # What is wrong with arguments that C refused.
+        if done == _INVALID:
+            check_range(gva, length_bytes, self._fixed)
+            self._check_alive()
+            check_leaf(gpa, length_bytes, flags)
 
 
-def _range_error(gva: int, length_bytes: int) -> RangeError:
-    end = gva + length_bytes
-    if (gva | length_bytes) & PAGE_MASK:
-        return RangeError(gva, end, "page tables map whole 4 KiB pages: align both ends")
-    if length_bytes <= 0:
-        return RangeError(gva, end, "the range is empty")
-    return RangeError(
-        gva,
-        end,
-        f"not canonical: stay in [0x0, {LOWER_HALF_END:#x}) "
-        f"or in [{UPPER_HALF_START:#x}, {ADDRESS_LIMIT:#x})",
-    )
+def _top_level(giant_pages: bool, max_leaf_bytes: int) -> int:
+    # Of the largest leaves that may be made.
+    if max_leaf_bytes not in {PTE_SPAN_BYTES, PDE_SPAN_BYTES, PDPTE_SPAN_BYTES}:
+        raise ValueError(f"a leaf has 4 KiB, 2 MiB or 1 GiB, not {max_leaf_bytes} bytes")
+    if not giant_pages:
+        max_leaf_bytes = min(max_leaf_bytes, PDE_SPAN_BYTES)
+    return LEVEL_SHIFTS.index(max_leaf_bytes.bit_length() - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -30,9 +30,14 @@ WalkRaw = Callable[[TableAllocator, int], Tables]
 class TablesAtHand:
     """Tables over an allocator, and what they hold as plain tuples."""
 
-    def __init__(self, capacity_tables: int = 64, **options: int) -> None:
+    def __init__(self, capacity_tables: int = 64, **options: Any) -> None:
         self.allocator = MemoryTableAllocator(capacity_tables)
         self.pt = PageTables(self.allocator, **options)
+
+    @property
+    def n_used(self) -> int:
+        """Pages that are tables, or wait to be free again."""
+        return self.pt.n_tables + self.pt.n_quarantined
 
     def runs(self) -> list[tuple[int, int, int, int, int]]:
         return [(r.gva, r.length_bytes, r.gpa, r.leaf_bytes, r.flags) for r in self.pt.mappings()]
@@ -105,13 +110,19 @@ def make_tables() -> MakeTables:
     return TablesAtHand
 
 
+@pytest.fixture(params=[False, True], ids=["idle", "live"])
+def live(request: pytest.FixtureRequest) -> bool:
+    """Whether CPUs may walk the tables: other ways, the same results."""
+    return bool(request.param)
+
+
 @pytest.fixture
-def f() -> TablesAtHand:
+def f(live: bool) -> TablesAtHand:
     """Tables without giant pages."""
-    return TablesAtHand()
+    return TablesAtHand(live=live)
 
 
 @pytest.fixture
-def giant() -> TablesAtHand:
+def giant(live: bool) -> TablesAtHand:
     """Tables with giant pages."""
-    return TablesAtHand(giant_pages=True)
+    return TablesAtHand(giant_pages=True, live=live)

@@ -69,7 +69,7 @@ def test_emptied_tables_wait_for_recycle(f: TablesAtHand):
     f.pt.unmap(0x1000, PAGE)
     assert f.pt.n_tables == 1
     assert f.allocator.n_allocated == 4, "a CPU may still walk them"
-    f.pt.recycle()
+    f.pt.recycle(zapped=True)
     assert f.allocator.n_allocated == 1
 
 
@@ -154,8 +154,8 @@ def test_release_gives_every_page_back(f: TablesAtHand):
     f.pt.map(PAGE, 3 * HUGE, PAGE, RW)
     f.pt.map(UPPER_START, PAGE, PAGE, RW)
     f.pt.unmap(PAGE, HUGE)
-    f.pt.release()
-    f.pt.release()
+    f.pt.release(zapped=True)
+    f.pt.release(zapped=True)
     assert f.allocator.n_allocated == 0
     assert f.pt.n_tables == 0
     for call in (

@@ -106,10 +106,14 @@ class PageTablesMachine(RuleBasedStateMachine):
     walk_raw: ClassVar[Callable[..., Any]]
     n_tables_needed: ClassVar[Callable[..., Any]]
 
-    @initialize(giant=st.booleans(), max_leaf_bytes=st.sampled_from([HUGE, GIANT, GIANT]))
-    def start(self, *, giant: bool, max_leaf_bytes: int) -> None:
-        self.options = {"giant_pages": giant, "max_leaf_bytes": max_leaf_bytes}
-        self.allocator = MemoryTableAllocator(256)
+    @initialize(
+        giant=st.booleans(),
+        max_leaf_bytes=st.sampled_from([HUGE, GIANT, GIANT]),
+        live=st.booleans(),
+    )
+    def start(self, *, giant: bool, max_leaf_bytes: int, live: bool) -> None:
+        self.options = {"giant_pages": giant, "max_leaf_bytes": max_leaf_bytes, "live": live}
+        self.allocator = MemoryTableAllocator(512)
         self.pt = PageTables(self.allocator, **self.options)
         self.model = Model()
 
@@ -128,7 +132,11 @@ class PageTablesMachine(RuleBasedStateMachine):
         assert self.pt.is_empty(gva, length) != changed
         assert self.pt.unmap(gva, length) == changed
         self.model.calls.append((gva, gva + length, None, 0))
-        self.pt.recycle()
+
+    @rule(zapped=st.booleans())
+    def recycle(self, *, zapped: bool) -> None:
+        self.pt.recycle(zapped=zapped)
+        assert not zapped or not self.pt.n_quarantined
 
     @rule(what=ranges(), flags=FLAGS)
     def protect(self, what: tuple[int, int], flags: int) -> None:
@@ -139,7 +147,7 @@ class PageTablesMachine(RuleBasedStateMachine):
 
     @rule()
     def adopt(self) -> None:
-        self.pt.recycle()
+        self.pt.recycle(zapped=True)
         self.pt = PageTables.adopt(
             self.allocator, self.pt.root_gpa, self.pt.n_tables, **self.options
         )
@@ -149,7 +157,7 @@ class PageTablesMachine(RuleBasedStateMachine):
         raw = type(self).walk_raw(self.allocator, self.pt.root_gpa)
         n_tables = len(raw.gpas)
         assert self.pt.n_tables == n_tables == type(self).n_tables_needed(raw.leaves)
-        assert self.allocator.n_allocated == n_tables
+        assert self.allocator.n_allocated == n_tables + self.pt.n_quarantined
         expected = self.model.mapped()
         assert joined(raw.leaves) == expected
         assert joined((r.gva, r.length_bytes, r.gpa, r.flags) for r in self.pt.mappings()) == (
@@ -173,9 +181,9 @@ class PageTablesMachine(RuleBasedStateMachine):
             return
         self.pt.unmap(0, LOWER_END)
         self.pt.unmap(UPPER_START, TOP - UPPER_START)
-        self.pt.recycle()
+        self.pt.recycle(zapped=True)
         assert self.pt.n_tables == self.allocator.n_allocated == 1
-        self.pt.release()
+        self.pt.release(zapped=True)
         assert self.allocator.n_allocated == 0
 
 
@@ -185,5 +193,5 @@ def test_tables_equal_the_model(
     PageTablesMachine.walk_raw = staticmethod(walk_raw)
     PageTablesMachine.n_tables_needed = staticmethod(n_tables_needed)
     case = PageTablesMachine.TestCase
-    case.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+    case.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
     case().runTest()

@@ -61,7 +61,11 @@ _IST = 1
 
 
 class BootLayout:
-    """Guest-physical addresses that the start state needs. Immutable."""
+    """Addresses that the start state needs. Immutable.
+
+    That of the root is guest-physical; the others are linear addresses, which are the same number
+    under boot tables (`kernel_half` has others).
+    """
 
     __slots__ = ("gdt_gpa", "idt_gpa", "ist_top_gpa", "root_gpa", "stubs_gpa", "tss_gpa")
 
@@ -127,6 +131,11 @@ def idt(stubs_gpa: int) -> bytes:
 
 STUBS = bytes((0xE6, lib.KVMMM_PORT_TRAP, 0xEB, 0xFE)) * 256
 """The 256 stubs: `out %al, $PORT_TRAP; jmp .`; the host never returns into one."""
+
+
+def syscall_stub() -> bytes:
+    """Return the SYSCALL stub: `out %al, $PORT_SYSCALL; jmp .`; the host never returns into it."""
+    return bytes((0xE6, lib.KVMMM_PORT_SYSCALL, 0xEB, 0xFE))
 
 
 def vector_of_stub(rip: int, stubs_gpa: int) -> int | None:

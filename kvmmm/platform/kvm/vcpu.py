@@ -17,6 +17,7 @@ from kvmmm.safemem.ffi import VcpuCore, address_of, ffi, ioctl, lib
 if TYPE_CHECKING:
     from kvmmm.platform.kvm.device import Device
     from kvmmm.platform.kvm.trial import Trial
+    from kvmmm.platform.kvm.vcpu_state import VcpuState
 
 
 def _check(name: str, arguments: str, rc: int) -> int:
@@ -28,7 +29,7 @@ def _check(name: str, arguments: str, rc: int) -> int:
 class Vcpu(VcpuCore):
     """A vCPU. Made by `Vm.create_vcpu`, closed by its VM. Owns the descriptor from the start.
 
-    `run` and `once` must be called on one thread at a time; `stop` from any.
+    `run` and `once` must be called on one thread at a time; `stop` and `set_root` from any.
     """
 
     __slots__ = ("_sync", "device", "number")
@@ -49,6 +50,7 @@ class Vcpu(VcpuCore):
         self.device = device
         self.number = number
         self._sync = ffi.cast("struct kvm_run *", self.run_hva)
+        self.set_tss_type(device.trial.tss_type)
         _check("KVM_SET_CPUID2", "supported", ioctl(fd, abi.KVM_SET_CPUID2, device.cpuid.table_hva))
         if device.trial.has_avx:
             _check("KVM_SET_XCRS", "xcr0=7", ioctl(fd, abi.KVM_SET_XCRS, device.trial.xcrs_hva))
@@ -64,24 +66,73 @@ class Vcpu(VcpuCore):
         Args:
             layout: Guest-physical addresses of root table, GDT, IDT and TSS.
         """
-        run = self._sync
-        sregs = lib.kvmmm_sync_sregs(run)
+        sregs = lib.kvmmm_sync_sregs(self._sync)
         ffi.memmove(sregs, self.trial.sregs, len(self.trial.sregs))
         sregs.cr3 = layout.root_gpa
         sregs.gdt.base = layout.gdt_gpa
         sregs.idt.base = layout.idt_gpa
         sregs.tr.base = layout.tss_gpa
-        run.kvm_dirty_regs |= abi.KVM_SYNC_X86_SREGS
+        self.sregs_written(True)
 
     def get_sregs(self) -> Any:  # noqa: ANN401 - a cffi struct
-        """Return struct kvm_sregs as it is now (KVM_GET_SREGS)."""
+        """Return a copy of struct kvm_sregs as the next run begins with it."""
+        self.fetch_sregs()
         sregs = ffi.new("struct kvm_sregs *")
-        _check("KVM_GET_SREGS", "", ioctl(self.fd, abi.KVM_GET_SREGS, address_of(sregs)))
+        ffi.memmove(sregs, lib.kvmmm_sync_sregs(self._sync), ffi.sizeof("struct kvm_sregs"))
         return sregs
 
     def set_sregs(self, sregs: Any) -> None:  # noqa: ANN401 - a cffi struct
-        """Set the special registers (KVM_SET_SREGS)."""
+        """Set the special registers at once, so that a refusal shows here (KVM_SET_SREGS).
+
+        TR's type is replaced by the one that works here; KVM tells "busy" whatever it is.
+        """
+        sregs.tr.type = self.trial.tss_type
         _check("KVM_SET_SREGS", "", ioctl(self.fd, abi.KVM_SET_SREGS, address_of(sregs)))
+        self.registers_replaced(False)
+
+    def set_syscall_entry(self, stub_gva: int) -> None:
+        """Have SYSCALL enter at `stub_gva`, an `out` to a port of kind KVMMM_PORT_KIND_SYSCALL.
+
+        The stub must not care in which ring it runs, on a page that ring 3 may execute: not every
+        KVM changes rings at SYSCALL. Flags that would disturb it are cleared on the way (SDM Vol.
+        3A 5.8.8).
+        """
+        from kvmmm.platform.kvm.vcpu_state import SYSCALL_FLAGS, SYSCALL_SELECTORS, set_msrs
+
+        set_msrs(
+            self,
+            (
+                (abi.MSR_STAR, SYSCALL_SELECTORS),
+                (abi.MSR_LSTAR, stub_gva),
+                (abi.MSR_SYSCALL_MASK, SYSCALL_FLAGS),
+            ),
+        )
+        self.set_syscall_stub(stub_gva)
+
+    def save_state(self) -> VcpuState:
+        """Return everything that makes up the CPU; the run goes on as if nothing had happened.
+
+        While nothing runs the vCPU, or in a handler of its own. What the last exit left pending is
+        completed first, with the handlers.
+
+        Raises:
+            VcpuError: An access is pending that no handler serves.
+            IoctlError: KVM refused.
+        """
+        from kvmmm.platform.kvm.vcpu_state import save
+
+        return save(self)
+
+    def load_state(self, state: VcpuState) -> None:
+        """Become what `state` says, at once; a vCPU of another VM may have saved it.
+
+        Raises:
+            VcpuError: An access is pending that no handler serves.
+            IoctlError: KVM refused.
+        """
+        from kvmmm.platform.kvm.vcpu_state import load
+
+        load(self, state)
 
     def return_to_frame(
         self,
@@ -104,10 +155,8 @@ class Vcpu(VcpuCore):
             ss: Stack selector.
         """
         boot.load_return_segments(sregs, cs, ss)
-        sregs.tr.type = self.trial.tss_type
-        run = self._sync
-        ffi.memmove(lib.kvmmm_sync_sregs(run), sregs, ffi.sizeof("struct kvm_sregs"))
-        run.kvm_dirty_regs |= abi.KVM_SYNC_X86_SREGS
+        ffi.memmove(lib.kvmmm_sync_sregs(self._sync), sregs, ffi.sizeof("struct kvm_sregs"))
+        self.sregs_written(False)
         regs = self.regs
         regs.rip, regs.rflags, regs.rsp = rip, rflags, rsp
 

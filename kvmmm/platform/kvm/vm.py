@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from kvmmm.errors import IoctlError, StateError
 from kvmmm.platform.kvm import abi, boot
 from kvmmm.platform.kvm.device import Device, open_device
 from kvmmm.platform.kvm.memslot import MemslotTable
 from kvmmm.platform.kvm.vcpu import Vcpu
-from kvmmm.safemem.ffi import address_of, ffi, ioctl
+from kvmmm.safemem.ffi import PauseGate, address_of, ffi, ioctl
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 
 class Vm:
@@ -31,6 +34,7 @@ class Vm:
     def __init__(self, device: Device | None = None, *, max_memslots: int | None = None) -> None:
         self.fd = -1
         self.vcpus: list[Vcpu] = []
+        self._gate = PauseGate(self.vcpus)
         self.device = device or open_device()
         self.fd = ioctl(self.device.fd, abi.KVM_CREATE_VM)
         if self.fd < 0:
@@ -63,8 +67,18 @@ class Vm:
         if fd < 0:
             raise IoctlError("KVM_CREATE_VCPU", f"id={number}", -fd)
         vcpu = Vcpu(fd, self.device, number)
+        vcpu.set_gate(self._gate)  # a pause that lasts already counts
         self.vcpus.append(vcpu)
         return vcpu
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Return a context manager: within it every vCPU is outside KVM_RUN.
+
+        Any thread may pause, a vCPU's own handler too; pauses nest and overlap. Whoever is in the
+        guest is kicked, waits, and goes on afterwards without its Python noticing. Do not wait
+        within it for a vCPU to run on.
+        """
+        return self._gate
 
     def coalesce_port(self, port: int) -> bool:
         """Have KVM queue writes to a port instead of exiting; False where it cannot."""

@@ -17,6 +17,8 @@ from kvmmm.safemem.ffi import ffi, lib
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from kvmmm.platform.kvm.guest_physical import GuestPhysical
+
 MEMORY = 2 << 20
 TABLES, GDT, IDT, TSS, STUBS = 0x1_0000, 0x2000, 0x3000, 0x4000, 0x5000
 IST_TOP = 0x9000
@@ -93,11 +95,13 @@ class Kernel:
     Attributes:
         slots: (gpa, length in bytes, hva, flags) by number.
         error: Errno that the next calls fail with; 0 for none.
+        on_delete: Called before a slot goes.
     """
 
     def __init__(self) -> None:
         self.slots: dict[int, tuple[int, int, int, int]] = {}
         self.error = 0
+        self.on_delete: Callable[[], None] = lambda: None
 
     def ioctl(self, _fd: int, request: int, hva: int) -> int:
         """KVM_SET_USER_MEMORY_REGION, as strict as KVM."""
@@ -107,6 +111,7 @@ class Kernel:
         region = ffi.cast("struct kvm_userspace_memory_region *", hva)
         gpa, size = int(region.guest_phys_addr), int(region.memory_size)
         if not size:
+            self.on_delete()
             assert region.slot in self.slots
             del self.slots[region.slot]
             return 0
@@ -136,3 +141,25 @@ def rig() -> Iterator[Callable[..., Rig]]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def make_physical(kernel: Kernel) -> Iterator[Callable[..., GuestPhysical]]:  # noqa: ARG001
+    """Make a GuestPhysical over an arena of 64 MiB."""
+    made: list[GuestPhysical] = []
+
+    def make(
+        *, limit: int = 32, physical_bits: int = 40, lazy_slots: bool = False
+    ) -> GuestPhysical:
+        from kvmmm.platform.kvm.guest_physical import GuestPhysical
+        from tests.platform.kvm.user_rig import FakeVm
+
+        vm = FakeVm(limit, physical_bits)
+        arena = Arena(64 << 20)
+        made.append(GuestPhysical(vm, arena, lazy_slots=lazy_slots))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for physical in made:
+        physical.close()
+        physical.arena.close()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 import struct
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmmm.errors import GuestFaultError, StateError
+from kvmmm.errors import GuestFaultError
 from kvmmm.hostarch.access import EXECUTE, READ, READ_WRITE, WRITE
 from kvmmm.hostarch.ranges import AddrRange, FileRange
 from kvmmm.platform.kvm import abi, memslot
@@ -22,7 +23,7 @@ from tests.platform.kvm.conftest import Kernel
 from tests.vmm.machine_code import BASE, Code
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 PAGE = 4096
 MAX = 64 * PAGE
@@ -36,7 +37,7 @@ class HostFile:
         self.hva = hva
 
 
-FILE = HostFile(0x7000_0000_0000)
+FILE: Any = HostFile(0x7000_0000_0000)
 
 
 def fr(start_page: int, n_pages: int) -> FileRange:
@@ -48,9 +49,26 @@ def space(kernel: Kernel) -> MemslotAddressSpace:  # noqa: ARG001 - where its sl
     return make_space(64)
 
 
-def make_space(limit: int) -> MemslotAddressSpace:
-    vm = SimpleNamespace(memslots=MemslotTable(-1, limit), vcpus=[])
-    return MemslotAddressSpace(vm, MAX)  # type: ignore[arg-type]
+class FakeVm:
+    """Slots, and pauses: all changes of what is there must happen within one."""
+
+    def __init__(self, limit: int) -> None:
+        self.fd = 0
+        self.memslots = MemslotTable(-1, limit)
+        self.n_pauses = 0
+        self.is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        assert not self.is_paused, "one pause an operation"
+        self.n_pauses += 1
+        self.is_paused = True
+        yield
+        self.is_paused = False
+
+
+def make_space(limit: int, max_addr: int = MAX) -> MemslotAddressSpace:
+    return MemslotAddressSpace(FakeVm(limit), max_addr)  # type: ignore[arg-type]
 
 
 def slots(kernel: Kernel) -> list[tuple[int, int, int, int]]:
@@ -106,44 +124,78 @@ class TestMapFile:
         flags = 0 if perms & WRITE else READONLY
         assert slots(kernel) == [(4, 2, 14, 0), (6, 2, place, flags), (8, 2, 18, 0)]
 
-    def test_replacing_needs_a_stopped_vcpu_and_adding_does_not(
+    def test_replacing_pauses_once_and_adding_does_not(
         self, space: MemslotAddressSpace, kernel: Kernel
     ):
-        space.map_file(4 * PAGE, FILE, fr(14, 2), READ_WRITE)
-        space.vm.vcpus.append(SimpleNamespace(in_guest=True))  # type: ignore[arg-type]
-        space.map_file(8 * PAGE, FILE, fr(14, 2), READ_WRITE)
-        before = dict(kernel.slots)
-        for change in (
-            lambda: space.map_file(4 * PAGE, FILE, fr(30, 2), READ_WRITE),
-            lambda: space.unmap(AddrRange(0, MAX)),
-        ):
-            with pytest.raises(StateError, match="outside KVM_RUN"):
-                change()
-            assert kernel.slots == before
+        vm = cast("FakeVm", space.vm)
+        kernel.on_delete = lambda: check_paused(vm)
+        for page in (4, 8, 12):
+            space.map_file(page * PAGE, FILE, fr(14, 2), READ)
+        assert (vm.n_pauses, space.n_pauses, space.n_slot_changes) == (0, 0, 0)
+        space.map_file(0, FILE, fr(30, 20), READ_WRITE)
+        assert (vm.n_pauses, space.n_pauses, space.n_slot_changes) == (1, 1, 3)
+        assert slots(kernel) == [(0, 20, 30, 0)]
+        space.map_file(0, FILE, fr(30, 20), READ_WRITE)
+        assert vm.n_pauses == 1
+
+    def test_a_broken_copy_on_write_replaces_its_slot_in_one_pause(
+        self, space: MemslotAddressSpace, kernel: Kernel
+    ):
+        space.map_file(0, FILE, fr(0, 8), READ)
+        space.map_file(2 * PAGE, FILE, fr(40, 2), READ_WRITE)
+        assert slots(kernel) == [(0, 2, 0, READONLY), (2, 2, 40, 0), (4, 4, 4, READONLY)]
+        assert (space.n_pauses, space.n_slot_changes) == (1, 1)
+
+
+def check_paused(vm: FakeVm) -> None:
+    assert vm.is_paused
 
 
 class TestUnmap:
     def test_cuts_what_sticks_out(self, space: MemslotAddressSpace, kernel: Kernel):
         space.map_file(4 * PAGE, FILE, fr(14, 8), READ)
-        space.unmap(AddrRange(6 * PAGE, 8 * PAGE))
+        space.unmap([AddrRange(6 * PAGE, 8 * PAGE)])
         assert slots(kernel) == [(4, 2, 14, READONLY), (8, 4, 18, READONLY)]
         assert not space.is_mapped(6 * PAGE, 0)
         assert space.is_mapped(8 * PAGE, READ)
 
     def test_nothing_there_is_no_error(self, space: MemslotAddressSpace, kernel: Kernel):
-        space.unmap(AddrRange(0, MAX))
+        space.unmap([AddrRange(0, MAX)])
         assert slots(kernel) == []
+        assert space.n_pauses == 0
+
+    def test_many_ranges_are_one_pause(self, space: MemslotAddressSpace, kernel: Kernel):
+        for page in range(0, 40, 2):
+            space.map_file(page * PAGE, FILE, fr(page, 1), READ)
+        space.unmap([AddrRange(page * PAGE, (page + 3) * PAGE) for page in (0, 10, 20)])
+        assert len(kernel.slots) == 14
+        assert (space.n_pauses, space.n_slot_changes) == (1, 6)
+
+    def test_release_leaves_nothing_below_the_end(self, kernel: Kernel):
+        space = make_space(16, MAX // 2)
+        space.map_file(0, FILE, fr(0, 4), READ)
+        space.map_file(8 * PAGE, FILE, fr(0, 4), READ)
+        space._slots.add(MAX // 2, PAGE, FILE.hva)
+        space.release()
+        space.release()
+        assert slots(kernel) == [(MAX // 2 // PAGE, 1, 0, 0)]
+        assert space.n_pauses == 1
+
+    def test_release_after_the_vm(self, space: MemslotAddressSpace, kernel: Kernel):
+        space.map_file(0, FILE, fr(0, 4), READ)
+        space.vm.fd = -1
+        space.release()
+        assert len(kernel.slots) == 1
 
 
 class TestMerging:
     @pytest.mark.usefixtures("kernel")
     def test_windows_grow_as_slots_run_out(self):
-        vm = SimpleNamespace(memslots=MemslotTable(-1, 8), vcpus=[])
-        space = MemslotAddressSpace(vm, 64 << 20)  # type: ignore[arg-type]
+        space = make_space(8, 64 << 20)
         sizes = []
         for page in range(7):
             sizes.append(space.min_window_bytes)
-            vm.memslots.add(page * PAGE, PAGE, FILE.hva)
+            space.vm.memslots.add(page * PAGE, PAGE, FILE.hva)
         assert sizes[0] == 2 << 20
         assert sizes == sorted(sizes)
         assert sizes[-1] >= 64 << 20
@@ -195,7 +247,7 @@ class TestMerging:
     def test_a_cut_without_a_free_slot_drops_the_upper_part(self, kernel: Kernel):
         space = make_space(1)
         space.map_file(0, FILE, fr(0, 9), READ_WRITE)
-        space.unmap(AddrRange(3 * PAGE, 5 * PAGE))
+        space.unmap([AddrRange(3 * PAGE, 5 * PAGE)])
         assert slots(kernel) == [(0, 3, 0, 0)]
 
 
@@ -229,7 +281,7 @@ def test_slots_say_what_a_model_of_pages_says(
                 for page in pages:
                     model[page] = (FILE.hva + (page + 100 * shift) * PAGE, flags)
             elif verb == "unmap":
-                space.unmap(ar)
+                space.unmap([ar])
                 for page in pages:
                     model.pop(page, None)
             else:
@@ -244,6 +296,11 @@ def test_slots_say_what_a_model_of_pages_says(
             assert verb != "map" or set(pages) <= set(found)
             assert len(kernel.slots) == len(space._slots)
             space._slots.by_gpa.check_invariants()
+
+
+def test_it_is_no_space_to_share(space: MemslotAddressSpace):
+    assert not space.fork_into(make_space(8))
+    assert (space.map_unit_bytes, space.walks_frames) == (0, True)
 
 
 def test_completing_an_access_needs_its_slot(space: MemslotAddressSpace):
@@ -293,7 +350,7 @@ def test_slots_are_merged_under_a_guest(scaled: Callable[[int], int]):
         random.Random(3).shuffle(order)
         vm.load(random_touches(order), base=BASE)
         for page in order[::2]:  # every second page a mapping by itself: no window covers two
-            vm.mm.mmap(AddrRange(page, page + PAGE), READ_WRITE, f"[{page:#x}]")
+            vm.mm.mmap(PAGE, READ_WRITE, addr=page, fixed=True, replace=True, name=f"[{page:#x}]")
         result = vm.run(timeout=60)
         assert (result.outcome, result.status) == ("exited", 0), result.report
         assert vm.address_space.n_merges > 0
