@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kvmmm.vmm.microvm import MicroVM
     from kvmmm.vmm.result import RunResult
     from kvmmm.vmm.statistics import RunStatistics
+    from kvmmm.vmm.user_vm import UserVM
 
     __version__: str
 
@@ -66,6 +67,7 @@ __all__ = [
     "RunResult",
     "RunStatistics",
     "StateError",
+    "UserVM",
     "VcpuError",
     "read_image",
 ]
@@ -88,6 +90,7 @@ _HOMES = {
     "kvmmm.vmm.microvm": ("MicroVM",),
     "kvmmm.vmm.result": ("RunResult",),
     "kvmmm.vmm.statistics": ("RunStatistics",),
+    "kvmmm.vmm.user_vm": ("UserVM",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

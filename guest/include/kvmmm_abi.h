@@ -23,6 +23,8 @@
 #define KVMMM_PORT_DOORBELL 0xb9 /* out %al:  drain the console ring before the guest goes on       */
 #define KVMMM_PORT_INPUT 0xba    /* out %al:  put console input into the input ring; comes back when
                                   *           there is at least one byte, or in_eof is set          */
+#define KVMMM_PORT_SYSCALL 0xbc  /* out %al:  the SYSCALL entry of a host that serves ring 3 itself:
+                                  *           rcx and r11 as SYSCALL left them, from any ring    */
 #define KVMMM_PORT_TRAP 0xbf     /* out %al:  the default IDT's stubs, ring 0 only                  */
 
 /* What kernels written for QEMU use, served unchanged. */

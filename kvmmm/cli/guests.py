@@ -9,6 +9,7 @@ from kvmmm.cli.terminal import show
 _GROUPS = {
     "demo": "to look at",
     "test": "each proves one property, some by failing",
+    "user": "programs for ring 3, with Linux's system calls",
     "bench": "for `kvmmm bench`",
 }
 

@@ -68,6 +68,25 @@ def _parse_address(text: str) -> int | None:
         return None
 
 
+class Environment(click.ParamType[tuple[str, str]]):
+    """An environment variable: `NAME=VALUE`."""
+
+    name = "environment"
+
+    def convert(
+        self, value: str | tuple[str, str], param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[str, str]:  # fmt: skip
+        """Return name and value."""
+        if not isinstance(value, str):
+            return value
+        name, equals, content = value.partition("=")
+        if not name or not equals:
+            self.fail(f"{value!r} is no NAME=VALUE", param, ctx)
+        return name, content
+
+
 SIZE = Size()
 DURATION = Duration()
 ADDRESS = Address()
+ENVIRONMENT = Environment()

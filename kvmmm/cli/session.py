@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import IO, TYPE_CHECKING, Self
+from abc import ABC, abstractmethod
+from typing import IO, TYPE_CHECKING
 
 import click
 
@@ -16,64 +17,38 @@ from kvmmm.vmm.microvm import DEFAULT_MEMORY, MicroVM
 from kvmmm.vmm.result import RunResult
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from kvmmm.vmm.machine import Machine
+    from kvmmm.vmm.user_image import UserImage
 
 
-class Session:
+class Session(ABC):
     """An image that was found good, and the VM that it asks for.
 
     Args:
         image: What will be loaded.
         memory_bytes: Guest memory.
-        args: Its command line, in pieces.
-        rwx: Whether every segment gets all permissions.
+        args: Its words, as the user gave them.
     """
 
-    def __init__(self, image: Image, memory_bytes: int, args: Sequence[str], *, rwx: bool) -> None:
+    def __init__(self, image: Image, memory_bytes: int, args: Sequence[str]) -> None:
         self.image = image
         self.memory_bytes = memory_bytes
         self.args = args
-        self.rwx = rwx
 
-    @classmethod
-    def prepare(
-        cls, name: str, args: Sequence[str], *, memory: int | None, base: int | None, rwx: bool
-    ) -> Self:
-        """Find and check the image; no VM exists yet.
-
-        Args:
-            name: A path, or a bundled guest's name; a file wins.
-            args: What the user gave for the guest; a bundled guest has its own for none.
-            memory: Bytes, or None for the default.
-            base: Where a flat binary goes.
-            rwx: Give every segment all permissions.
-
-        Raises:
-            ImageError: Not found, or rejected.
-        """
-        path = name
-        memory_bytes = memory if memory is not None else parse_bytes(DEFAULT_MEMORY)
-        if not os.path.lexists(name) and os.sep not in name:
-            guest = bundled.find(name)
-            path = str(guest.path)
-            args = args or [guest.command_line]
-            memory_bytes = memory if memory is not None else parse_bytes(guest.memory)
-        memory_bytes = align_up(memory_bytes, HUGE_PAGE_BYTES)
-        image = read_image(path, memory_bytes=memory_bytes, base=base, rwx=rwx)
-        return cls(image, memory_bytes, args, rwx=rwx)
+    @abstractmethod
+    def _make_vm(self, output: ConsoleOutput, *, has_input: bool) -> Machine:
+        """Return the VM, loaded."""
 
     def run(
-        self, *, arena: int | None, timeout_ns: int | None, has_input: bool, shows_stats: bool,
+        self, *, timeout_ns: int | None, has_input: bool, shows_stats: bool,
         json_file: IO[str] | None,
     ) -> int:  # fmt: skip
         """Run it, say how it went, and return the exit code."""
         output = ConsoleOutput(output_descriptor())
-        console_input = input_descriptor() if has_input else None
-        with MicroVM(
-            self.memory_bytes, arena=arena, console=output, console_input=console_input
-        ) as vm:
+        with self._make_vm(output, has_input=has_input) as vm:
             vm.vcpu.timed = shows_stats or json_file is not None
-            vm.load(self.image, rwx=self.rwx, args=self.args)
             with Interruption(vm.stop, output.give_up) as interruption:
                 run_result = _run(vm, timeout_ns)
             if run_result.stats is None:  # after Ctrl-C
@@ -93,7 +68,129 @@ class Session:
         return run_result.exit_code
 
 
-def _run(vm: MicroVM, timeout_ns: int | None) -> RunResult:
+class KernelSession(Session):
+    """A guest kernel in a `MicroVM`.
+
+    Args:
+        image: What will be loaded.
+        memory_bytes: Guest memory.
+        args: Its command line, in pieces.
+        arena: Most that it may take on the host; None is enough for all of it.
+        rwx: Whether every segment gets all permissions.
+    """
+
+    def __init__(
+        self, image: Image, memory_bytes: int, args: Sequence[str], *, arena: int | None, rwx: bool
+    ) -> None:
+        super().__init__(image, memory_bytes, args)
+        self.arena = arena
+        self.rwx = rwx
+
+    def _make_vm(self, output: ConsoleOutput, *, has_input: bool) -> Machine:
+        vm = MicroVM(
+            self.memory_bytes, arena=self.arena, console=output,
+            console_input=input_descriptor() if has_input else None,
+        )  # fmt: skip
+        try:
+            vm.load(self.image, rwx=self.rwx, args=self.args)
+        except BaseException:
+            vm.close()
+            raise
+        return vm
+
+
+class UserSession(Session):
+    """A Linux program in a `UserVM`.
+
+    Args:
+        image: What will be loaded.
+        memory_bytes: Most that it may use.
+        args: Its words behind its name.
+        name: Its name, argv[0].
+        env: Its environment.
+    """
+
+    def __init__(
+        self, image: UserImage, memory_bytes: int, args: Sequence[str], *, name: str,
+        env: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        super().__init__(image, memory_bytes, args)
+        self.user_image = image
+        self.name = name
+        self.env = env
+
+    def _make_vm(self, output: ConsoleOutput, *, has_input: bool) -> Machine:  # noqa: ARG002
+        from kvmmm.vmm.user_vm import UserVM
+
+        vm = UserVM(self.memory_bytes, console=output)
+        try:
+            vm.load(self.user_image, argv=[self.name, *self.args], env=self.env)
+        except BaseException:
+            vm.close()
+            raise
+        return vm
+
+
+def prepare(
+    name: str, args: Sequence[str], *, memory: int | None = None, arena: int | None = None,
+    base: int | None = None, rwx: bool = False, user: bool | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Session:  # fmt: skip
+    """Find and check the image; no VM exists yet.
+
+    Args:
+        name: A path, or a bundled guest's name; a file wins.
+        args: What the user gave for the guest; a bundled guest has its own for none.
+        memory: Bytes, or None for the default.
+        arena: Bytes, or None for the default; for kernels.
+        base: Where a flat binary goes; for kernels.
+        rwx: Give every segment all permissions; for kernels.
+        user: Whether it is a program or a kernel; None for what the file says.
+        env: The environment; for programs.
+
+    Raises:
+        ImageError: Not found, or rejected.
+        click.UsageError: An option that does not go with what it is.
+    """
+    path = name
+    memory_bytes = memory if memory is not None else parse_bytes(DEFAULT_MEMORY)
+    is_user = user
+    is_bundled = not os.path.lexists(name) and os.sep not in name
+    if is_bundled:
+        guest = bundled.find(name)
+        path = str(guest.path)
+        is_user = guest.is_user if user is None else user
+        if not args:
+            args = guest.command_line.split() if is_user else [guest.command_line]
+        memory_bytes = memory if memory is not None else parse_bytes(guest.memory)
+    memory_bytes = align_up(memory_bytes, HUGE_PAGE_BYTES)
+    if is_user is None:
+        is_user = base is None and _is_program(path)
+    if is_user:
+        from kvmmm.vmm.user_image import read_user_image
+
+        _refuse("a program for Linux", {"--arena": arena, "--base": base, "--rwx": rwx or None})
+        image = read_user_image(path)
+        return UserSession(image, memory_bytes, args, name=name, env=env or {})
+    _refuse("a guest kernel", {"--env": env or None})
+    kernel = read_image(path, memory_bytes=memory_bytes, base=base, rwx=rwx)
+    return KernelSession(kernel, memory_bytes, args, arena=arena, rwx=rwx)
+
+
+def _is_program(path: str) -> bool:
+    from kvmmm.vmm.image_file import FILE_LIMIT_BYTES, read_file
+    from kvmmm.vmm.user_image import is_linux_program
+
+    return is_linux_program(read_file(path, FILE_LIMIT_BYTES))
+
+
+def _refuse(what: str, options: Mapping[str, object]) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise click.UsageError(f"this is {what}, for which there is no {option}")
+
+
+def _run(vm: Machine, timeout_ns: int | None) -> RunResult:
     try:
         return vm.run(timeout_ns / 1e9 if timeout_ns is not None else None)
     except KeyboardInterrupt as e:

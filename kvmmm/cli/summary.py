@@ -93,13 +93,14 @@ def _exits(stats: RunStatistics) -> list[Row]:
         (name, f"{count}", _EXITS.get(name, ""))
         for name, count in sorted(stats.exits.items(), key=lambda item: -item[1])
     ]
+    rows.append(("system calls", f"{stats.syscalls}", "of io: the program's"))
     rows.append(("ignored ports", f"{stats.ignored_ports}", "of io: nobody listens there"))
     return rows
 
 
 _EXITS = {
     "mmio": "EPT violations",
-    "io": "port accesses: console, exit status, exceptions",
+    "io": "port accesses: console, exit status, exceptions, system calls",
     "internal_error": "instructions that KVM could not emulate",
     "hlt": "the guest halted",
     "shutdown": "a triple fault",

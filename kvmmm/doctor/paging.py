@@ -191,7 +191,7 @@ def _removal() -> Finding:
         mm.copy_out(UNTOUCHED, b"\x07")
         seen = yield
         faults = mm.counters.faults
-        lab.vm.address_space.unmap(AddrRange(UNTOUCHED, UNTOUCHED + HUGE_PAGE_BYTES))
+        lab.vm.address_space.unmap([AddrRange(UNTOUCHED, UNTOUCHED + HUGE_PAGE_BYTES)])
         again = yield
         return seen & 0xFF, again & 0xFF, mm.counters.faults - faults
 

@@ -13,7 +13,6 @@ from kvmmm.doctor.finding import Check, Finding, missing, ok
 from kvmmm.doctor.lab import Lab, ProbeError
 from kvmmm.hostarch.access import ANY_ACCESS, READ, READ_WRITE
 from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES
-from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.pagetables.pte import flags_of
 from kvmmm.vmm import result
 
@@ -96,7 +95,9 @@ def _serve(case: _Case) -> Finding:
         return rax, left, _how(lab)
 
     with Lab(STEP + case.code + STEP) as lab:
-        lab.vm.mm.mmap(AddrRange(_CODE, _CODE + HUGE_PAGE_BYTES), ANY_ACCESS, "code")
+        lab.vm.mm.mmap(
+            HUGE_PAGE_BYTES, ANY_ACCESS, addr=_CODE, fixed=True, replace=True, name="code"
+        )
         rax, left, how = lab.play(script(lab))
     if case.rax is not None and rax != case.rax:
         return missing(f"rax is {rax:#x}, not {case.rax:#x}: {how}")
@@ -138,8 +139,9 @@ def _readonly() -> Finding:
 
     code = STEP + LOAD + u32(_CONSTANT) + mov_eax(1) + STORE + u32(_CONSTANT) + STEP
     with Lab(code) as lab:
-        constant = AddrRange(_CONSTANT, _CONSTANT + HUGE_PAGE_BYTES)
-        lab.vm.mm.mmap(constant, READ, "constant")
+        lab.vm.mm.mmap(
+            HUGE_PAGE_BYTES, READ, addr=_CONSTANT, fixed=True, replace=True, name="constant"
+        )
         lab.vm.mm.copy_out(_CONSTANT, _VALUE_BYTES, ignore_permissions=True)
         run_result = lab.run_raw(script(lab))
         left = lab.vm.mm.read(_CONSTANT, 8)

@@ -1,9 +1,12 @@
-"""The composition root: a micro-VM out of device, arena, memory manager, tables and image.
+"""The composition root: micro-VMs out of device, arena, memory manager, tables and image.
 
     bundled.py           the guests that come with kvmmm
     image*.py, elf.py    what a guest file holds, checked before any VM exists
     system_area.py       kvmmm's own pages: boot info, rings, IDT, GDT, TSS, stubs, tables
-    microvm.py           MicroVM: load, run, stop, close
+    machine.py           what a MicroVM and a UserVM have in common: run, stop, close
+    microvm.py           MicroVM: a guest kernel
+    user_vm.py           UserVM: Linux programs in ring 3; user_*.py: image, stack, processes,
+                         who runs, system calls, reports
     exit_handler.py      what each exit means: EPT violations, traps, console, exit status
     emulation.py         instructions that KVM could not emulate, made restartable
     stop_report.py       the facts behind a stop, for report.py to render

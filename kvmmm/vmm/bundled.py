@@ -23,7 +23,7 @@ class BundledGuest:
 
     Attributes:
         name: What `kvmmm run` calls it.
-        group: `demo`, `test` or `bench`.
+        group: `demo`, `test`, `user` or `bench`.
         property: What it proves, one line.
         path: Its ELF.
         command_line: What it is run with when the user gives nothing.
@@ -50,6 +50,11 @@ class BundledGuest:
         self.expect: dict[str, Any] = entry["expect"]
 
     @property
+    def is_user(self) -> bool:
+        """Whether it is a program for ring 3, to be run by a `UserVM`."""
+        return self.group == "user"
+
+    @property
     def expected(self) -> str:
         """How it must end, for a person: `exit status 0`, `fault: write`."""
         outcome = str(self.expect["outcome"])
@@ -69,6 +74,7 @@ _ENDS = {
     "shutdown": "triple fault",
     "handler": "run by its benchmark only",
     "memory": "memory exhausted",
+    "exception": "an exception",
 }
 
 

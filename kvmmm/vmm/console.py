@@ -55,8 +55,15 @@ class Console:
             raise GuestConsoleError(
                 "the guest's console ring claims more bytes than it holds (out_head)"
             ) from e
-        if not chunk:
-            return
+        if chunk:
+            self.accept(chunk)
+
+    def accept(self, chunk: bytes) -> None:
+        """Hand on output that came another way than by the ring: a write(2).
+
+        Raises:
+            Whatever the sink raises.
+        """
         self.n_bytes += len(chunk)
         if self.sink is None:
             self.output += chunk

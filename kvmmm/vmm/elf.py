@@ -10,6 +10,8 @@ parse one file. So loading goes through two precompiled structs, and pyelftools 
                     PT_INTERP, PT_DYNAMIC         ──► wants a dynamic linker: rejected
                     PT_NOTE, PT_TLS, PT_GNU_STACK … are ignored
 
+`user_image` has other rules for programs of ring 3, and shares the pieces.
+
 Segments are numbered as `readelf -l` numbers them: by their place among all program headers.
 
 Source: System V ABI (gABI) chapters 4 and 5; System V ABI, AMD64 supplement, section 4.1.
@@ -31,22 +33,26 @@ PF_W = 2
 PF_R = 4
 
 _EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
-_PHDR = struct.Struct("<IIQQQQQQ")
+PHDR = struct.Struct("<IIQQQQQQ")
 _MACHINE_END = 20  # e_type at 16 and e_machine at 18 lie alike in ELF32 and ELF64
 
 _CLASS_32 = 1
 _CLASS_64 = 2
 _LITTLE_ENDIAN = 1
 _BIG_ENDIAN = 2
-_ET_EXEC = 2
+ET_EXEC = 2
+ET_DYN = 3
 _EM_386 = 3
 _EM_X86_64 = 62
-_PT_LOAD = 1
-_PT_DYNAMIC = 2
-_PT_INTERP = 3
+PT_LOAD = 1
+PT_DYNAMIC = 2
+PT_INTERP = 3
+PT_NOTE = 4
+PT_PHDR = 6
+PT_GNU_STACK = 0x6474E551
 
 # Linux takes at most 64 KiB of program headers as well (fs/binfmt_elf.c, load_elf_phdrs).
-_PROGRAM_HEADERS_LIMIT = 65536 // _PHDR.size
+_PROGRAM_HEADERS_LIMIT = 65536 // PHDR.size
 
 # `describe` is for a person.
 _DESCRIBED_LIMIT = 256
@@ -75,7 +81,7 @@ _TYPES = {
     ),
     3: (
         "a dynamic executable, PIE or shared object (ET_DYN): it would have to be relocated",
-        "link it with -static -no-pie",
+        "link it with -static -no-pie; a program for Linux that relocates itself runs with --user",
     ),
     4: ("a core dump (ET_CORE), not a program", "give the program that dumped it"),
 }
@@ -120,39 +126,57 @@ def read_headers(path: str, data: bytes) -> tuple[int, list[ProgramHeader]]:
     Raises:
         ImageError: Not a static x86-64 ELF executable, or a truncated one.
     """
-    entry, table_offset, count = _read_file_header(path, data)
+    entry, table_offset, count = read_file_header(path, data)
     headers: list[ProgramHeader] = []
     for index in range(count):
-        fields = _PHDR.unpack_from(data, table_offset + index * _PHDR.size)
+        fields = PHDR.unpack_from(data, table_offset + index * PHDR.size)
         kind = fields[0]
-        if kind == _PT_LOAD:
-            header = ProgramHeader(index, fields)
-            file_bytes = header.file_bytes
-            if file_bytes > header.memory_bytes or (
-                file_bytes and header.offset + file_bytes > len(data)
-            ):
-                raise _bad_extent(path, header, len(data))
+        if kind == PT_LOAD:
+            header = load_header(path, data, index, fields)
             if header.memory_bytes:  # linker scripts leave empty segments behind
                 headers.append(header)
-        elif kind in (_PT_INTERP, _PT_DYNAMIC):
+        elif kind in (PT_INTERP, PT_DYNAMIC):
             why = (
-                f"asks for the interpreter {_interpreter(data, fields)} (PT_INTERP)"
-                if kind == _PT_INTERP
+                f"asks for the interpreter {interpreter(data, fields)} (PT_INTERP)"
+                if kind == PT_INTERP
                 else "has a dynamic section (PT_DYNAMIC)"
             )
             raise ImageError(path, f"a dynamic executable: it {why}", _USE_STATIC)
     if not headers:
-        raise ImageError(
-            path,
-            f"there is nothing to load: of its {count} program headers, none is a PT_LOAD with "
-            "bytes in memory",
-            "link it as an executable; a linker script with PHDRS must name a PT_LOAD",
-        )
+        raise nothing_to_load(path, count)
     return entry, headers
 
 
-def check_ident(path: str, data: bytes) -> None:
+def load_header(path: str, data: bytes, index: int, fields: tuple[int, ...]) -> ProgramHeader:
+    """Return a PT_LOAD header whose bytes are all in the file.
+
+    Raises:
+        ImageError: They are not, or there are more of them than memory for them.
+    """
+    header = ProgramHeader(index, fields)
+    file_bytes = header.file_bytes
+    if file_bytes > header.memory_bytes or (file_bytes and header.offset + file_bytes > len(data)):
+        raise _bad_extent(path, header, len(data))
+    return header
+
+
+def nothing_to_load(path: str, count: int) -> ImageError:
+    """Return the error of an ELF with `count` program headers, none of which loads anything."""
+    return ImageError(
+        path,
+        f"there is nothing to load: of its {count} program headers, none is a PT_LOAD with "
+        "bytes in memory",
+        "link it as an executable; a linker script with PHDRS must name a PT_LOAD",
+    )
+
+
+def check_ident(path: str, data: bytes, types: tuple[int, ...] = (ET_EXEC,)) -> None:
     """Reject what the first 20 bytes rule out; `data` begins with `ELF_MAGIC`, and may end there.
+
+    Args:
+        path: What messages call the image.
+        data: The file, or its beginning.
+        types: The e_types to accept.
 
     Raises:
         ImageError: Too short, 32-bit, big-endian, of another machine, or not an executable.
@@ -175,16 +199,22 @@ def check_ident(path: str, data: bytes) -> None:
     if machine != _EM_X86_64:
         raise ImageError(path, f"built for {name}; kvmmm runs x86-64 guests", _USE_X86)
     elf_type = data[16] | data[17] << 8
-    if elf_type != _ET_EXEC:
+    if elf_type not in types:
         reason, remedy = _TYPES.get(
             elf_type, (f"an ELF of unknown type {elf_type:#x}", "link it as an executable")
         )
         raise ImageError(path, reason, remedy)
 
 
-def _read_file_header(path: str, data: bytes) -> tuple[int, int, int]:
-    # Returns the entry, and offset and count of the program headers, which then lie inside `data`.
-    check_ident(path, data)
+def read_file_header(
+    path: str, data: bytes, types: tuple[int, ...] = (ET_EXEC,)
+) -> tuple[int, int, int]:
+    """Return the entry, and offset and count of the program headers, which then lie inside `data`.
+
+    Raises:
+        ImageError: As `check_ident`; or there are none, too many, or they are cut off.
+    """
+    check_ident(path, data, types)
     if len(data) < _EHDR.size:
         raise _too_short(path, data)
     fields = _EHDR.unpack_from(data)
@@ -193,11 +223,11 @@ def _read_file_header(path: str, data: bytes) -> tuple[int, int, int]:
         raise ImageError(
             path, "there is nothing to load: it has no program headers", "link it as an executable"
         )
-    if entry_bytes != _PHDR.size:
+    if entry_bytes != PHDR.size:
         raise ImageError(
             path,
             f"the file says that a program header has {entry_bytes} bytes (e_phentsize); in ELF64 "
-            f"it has {_PHDR.size}",
+            f"it has {PHDR.size}",
             "the ELF header is damaged",
         )
     if count > _PROGRAM_HEADERS_LIMIT:
@@ -207,7 +237,7 @@ def _read_file_header(path: str, data: bytes) -> tuple[int, int, int]:
             f"{_PROGRAM_HEADERS_LIMIT} are accepted, as by Linux",
             "the ELF header is damaged, or the linker script is wrong",
         )
-    table_end = table_offset + count * _PHDR.size
+    table_end = table_offset + count * PHDR.size
     if table_end > len(data):
         raise ImageError(
             path,
@@ -246,8 +276,8 @@ def _too_short(path: str, data: bytes) -> ImageError:
     )
 
 
-def _interpreter(data: bytes, fields: tuple[int, ...]) -> str:
-    # For a message only, hence bounded.
+def interpreter(data: bytes, fields: tuple[int, ...]) -> str:
+    """Return the name that a PT_INTERP header asks for; for a message only, hence bounded."""
     offset, length_bytes = fields[2], min(fields[5], 128)
     return printable(data[offset : offset + length_bytes].split(b"\0", 1)[0])
 

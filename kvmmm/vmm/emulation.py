@@ -10,7 +10,7 @@ nothing here depends on which instructions those are.
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvmmm.errors import GuestFaultError, KvmmmError
 from kvmmm.hostarch.access import EXECUTE
@@ -19,11 +19,30 @@ from kvmmm.platform.kvm.address_space import FETCH, pages_of
 from kvmmm.vmm.cpu_state import CpuState
 
 if TYPE_CHECKING:
-    from kvmmm.mm import MemoryManager
-    from kvmmm.platform.kvm.address_space import MemslotAddressSpace
     from kvmmm.platform.kvm.vcpu import Vcpu
 
 MAX_INSTRUCTION_BYTES = 15
+
+
+class Memory(Protocol):
+    """Guest-physical memory: a `MemoryManager` over memslots, for one."""
+
+    def handle_user_fault(self, addr: int, access: int, /) -> None:
+        """Make `access` possible, or raise."""
+
+    def read(self, addr: int, length_bytes: int, /, *, ignore_permissions: bool) -> bytes:
+        """Return bytes of it."""
+
+
+class Slots(Protocol):
+    """What of it a CPU reaches: a `MemslotAddressSpace`, for one."""
+
+    @property
+    def max_addr(self) -> int:
+        """One past the last address."""
+
+    def is_mapped(self, addr: int, access: int, /) -> bool:
+        """Whether a CPU can make `access` without an exit."""
 
 
 class EmulationError(KvmmmError):
@@ -45,7 +64,7 @@ class Provider:
         n_pages: Pages found missing so far; each was a fault, served or refused.
     """
 
-    def __init__(self, vcpu: Vcpu, mm: MemoryManager, space: MemslotAddressSpace) -> None:
+    def __init__(self, vcpu: Vcpu, mm: Memory, space: Slots) -> None:
         self._vcpu = vcpu
         self._mm = mm
         self._space = space

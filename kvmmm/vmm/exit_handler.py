@@ -27,13 +27,14 @@ if TYPE_CHECKING:
     from kvmmm.platform.kvm.vcpu import Vcpu
     from kvmmm.platform.kvm.vm import Vm
     from kvmmm.safemem.ffi import IoExit, MmioExit
+    from kvmmm.vmm.boot_tables import BootTables
     from kvmmm.vmm.console import Console
     from kvmmm.vmm.stop_report import StopReporter
     from kvmmm.vmm.system_area import SystemArea
 
 PF = 14
 _PF_WRITE, _PF_FETCH = 1 << 1, 1 << 4
-_HAS_ERROR_CODE = frozenset((8, 10, 11, 12, 13, PF, 17, 21, 29, 30))
+HAS_ERROR_CODE = frozenset((8, 10, 11, 12, 13, PF, 17, 21, 29, 30))
 _MAX_REPEATS = 3
 """The same #PF so often in a row: the page tables forbid what the mm allows."""
 
@@ -45,7 +46,7 @@ class TrapFrame:
 
     def __init__(self, vector: int, words: bytes) -> None:
         self.vector = vector
-        offset = 8 if vector in _HAS_ERROR_CODE else 0
+        offset = 8 if vector in HAS_ERROR_CODE else 0
         self.error_code = struct.unpack_from("<Q", words)[0] if offset else None
         self.rip, self.cs, self.rflags, self.rsp, self.ss = struct.unpack_from("<5Q", words, offset)
 
@@ -61,13 +62,14 @@ class ExitHandler:
 
     def __init__(
         self, vm: Vm, vcpu: Vcpu, mm: MemoryManager, space: MemslotAddressSpace, area: SystemArea,
-        console: Console, reporter: StopReporter,
+        tables: BootTables, console: Console, reporter: StopReporter,
     ) -> None:  # fmt: skip
         self._vm = vm
         self._vcpu = vcpu
         self._mm = mm
         self._space = space
         self._area = area
+        self._tables = tables
         self._console = console
         self._reporter = reporter
         self._coalesced = False
@@ -96,38 +98,50 @@ class ExitHandler:
     def on_mmio(self, exit_: MmioExit) -> RunResult | None:
         """Serve an EPT violation: a missing slot, or a write to a READONLY one."""
         self.n_mmio += 1
+        access = WRITE if exit_.is_write else READ
         try:
-            self._mm.handle_user_fault(exit_.gpa, WRITE if exit_.is_write else READ)
+            if self._tables.generation != self._mm.generation:
+                # What a slot cannot withhold, execution, the tables must, before there is a slot.
+                self._tables.refresh()
+            self._mm.handle_user_fault(exit_.gpa, access)
+            self._complete(exit_, access)
         except GuestFaultError as e:
-            stored = exit_.value if exit_.size_bytes == 8 else None
+            stored = exit_.value if exit_.is_write and exit_.size_bytes == 8 else None
             return self._reporter.fault(e, is_past_store=exit_.is_write, stored=stored)
         except ArenaExhaustedError as e:
             return self._reporter.memory(e, exit_.gpa)
-        self._space.complete(exit_)
         return None
+
+    def _complete(self, exit_: MmioExit, access: int) -> None:
+        """Perform the access by hand: whoever unmaps meanwhile waits, or has come first."""
+        mm = self._mm
+        with mm.active_lock:
+            pma = mm.pmas.find_value(exit_.gpa)
+            if (
+                pma is not None
+                and pma.file is mm.arena
+                and self._space.is_mapped(exit_.gpa, access)
+            ):
+                self._space.complete(exit_)
+                return
+        # A file that somebody may cut short under our hands; or what was just mapped is gone again.
+        # The mm's copies take care of both.
+        if exit_.is_write:
+            mm.copy_out(exit_.gpa, exit_.data)
+        else:
+            exit_.value = int.from_bytes(mm.read(exit_.gpa, exit_.size_bytes), "little")
 
     def on_cold(self, reason: int) -> RunResult | None:
         """Serve or report any exit that is neither I/O nor MMIO."""
         exit_ = exits.decode(self._vcpu, reason)
         if isinstance(exit_, exits.InternalErrorExit) and exit_.is_emulation_failure:
             return self._restart(exit_)
-        if isinstance(exit_, exits.HltExit):
-            return self._reporter.halted()
-        if isinstance(exit_, exits.ShutdownExit):
-            return self._reporter.shutdown()
-        if isinstance(exit_, exits.FailEntryExit):
-            raise VcpuError(
-                f"the hardware refused the vCPU's state (reason {exit_.hardware_reason:#x}); "
-                "on VMX see SDM Vol. 3C 27.3.1"
-            )
-        if isinstance(exit_, exits.InternalErrorExit):
-            words = " ".join(f"{word:#x}" for word in exit_.data)
-            raise VcpuError(f"KVM internal error {exit_.suberror} [{words}]; dmesg may say more")
-        name = exit_.name if isinstance(exit_, exits.OtherExit) else abi_name(reason)
-        raise VcpuError(f"unexpected exit: {name}")
+        return end_of(exit_, self._reporter)
 
     def _restart(self, exit_: exits.InternalErrorExit) -> RunResult | None:
         try:
+            if self._tables.generation != self._mm.generation:
+                self._tables.refresh()
             self.provider.restart(exit_.instruction, self.n_mmio)
         except GuestFaultError as e:
             return self._reporter.fault(e, is_past_store=False)
@@ -156,6 +170,10 @@ class ExitHandler:
         sregs = self._vcpu.get_sregs()
         addr, code = int(sregs.cr2), frame.error_code or 0
         access = WRITE if code & _PF_WRITE else EXECUTE if code & _PF_FETCH else READ
+        if self._tables.refresh():
+            # They told of what was mapped before.
+            self._return_from(frame, sregs)
+            return None
         fault = (frame.rip, addr)
         self._repeats = self._repeats + 1 if fault == self._last_fault else 0
         self._last_fault = fault
@@ -204,6 +222,26 @@ class ExitHandler:
         return None if value is None else RunResult(result.EXITED, status=(value << 1 | 1) & 0xFF)
 
 
-def abi_name(reason: int) -> str:
-    """Return an exit reason as text."""
-    return exits.OtherExit(reason).name
+def end_of(exit_: exits.ColdExit, reporter: StopReporter) -> RunResult:
+    """Return what an exit that nobody can serve comes to.
+
+    Args:
+        exit_: What `exits.decode` made of it.
+        reporter: Who tells.
+
+    Raises:
+        VcpuError: It says nothing about the guest's program.
+    """
+    if isinstance(exit_, exits.HltExit):
+        return reporter.halted()
+    if isinstance(exit_, exits.ShutdownExit):
+        return reporter.shutdown()
+    if isinstance(exit_, exits.FailEntryExit):
+        raise VcpuError(
+            f"the hardware refused the vCPU's state (reason {exit_.hardware_reason:#x}); "
+            "on VMX see SDM Vol. 3C 27.3.1"
+        )
+    if isinstance(exit_, exits.InternalErrorExit):
+        words = " ".join(f"{word:#x}" for word in exit_.data)
+        raise VcpuError(f"KVM internal error {exit_.suberror} [{words}]; dmesg may say more")
+    raise VcpuError(f"unexpected exit: {exits.OtherExit(exit_.reason).name}")

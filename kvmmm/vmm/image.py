@@ -39,12 +39,13 @@ _images: dict[tuple[object, ...], Image] = {}
 # Where guest memory has to end at the latest: the APIC page and KVM's private slots come next.
 _MEMORY_LIMIT = 0xFEC00000
 
-_PERMS = tuple(
+PERMS = tuple(
     (READ if flags & elf.PF_R else 0)
     | (WRITE if flags & elf.PF_W else 0)
     | (EXECUTE if flags & elf.PF_X else 0)
     for flags in range(8)
 )
+"""`kvmmm.hostarch.access` bits by p_flags."""
 _START = attrgetter("start")
 
 
@@ -190,7 +191,7 @@ def _parse(path: str, data: bytes, memory_bytes: int, base: int | None, rwx: boo
     entry, headers = elf.read_headers(path, data)
     segments = _place(path, headers, rwx)
     _check_addresses(path, segments, memory_bytes)
-    _check_entry(path, segments, entry)
+    check_entry(path, segments, entry)
     return Image(path, data, segments, entry, "elf")
 
 
@@ -249,7 +250,7 @@ def _place(path: str, headers: list[elf.ProgramHeader], rwx: bool) -> list[Segme
             Segment(
                 h.vaddr,
                 h.vaddr + h.memory_bytes,
-                ANY_ACCESS if rwx else _PERMS[h.flags & 7],
+                ANY_ACCESS if rwx else PERMS[h.flags & 7],
                 h.offset,
                 h.file_bytes,
                 name=f"segment {h.index}",
@@ -267,13 +268,19 @@ def _check_addresses(path: str, segments: list[Segment], memory_bytes: int) -> N
         if start < PAGE_BYTES or end > memory_bytes:
             raise _misplaced(path, segment, segments[-1].end, memory_bytes)
         if before is not None and start < before.end:
-            raise ImageError(
-                path,
-                f"{before.name} and {segment.name} overlap: [{before.start:#x}, {before.end:#x}) "
-                f"and [{start:#x}, {end:#x}) share {min(before.end, end) - start} bytes",
-                "give each section addresses of its own in the linker script",
-            )
+            raise overlap(path, before, segment)
         before = segment
+
+
+def overlap(path: str, before: Segment, segment: Segment) -> ImageError:
+    """Return the error of two segments that share bytes, the lower one first."""
+    start, end = segment.start, segment.end
+    return ImageError(
+        path,
+        f"{before.name} and {segment.name} overlap: [{before.start:#x}, {before.end:#x}) "
+        f"and [{start:#x}, {end:#x}) share {min(before.end, end) - start} bytes",
+        "give each section addresses of its own in the linker script",
+    )
 
 
 def _misplaced(path: str, segment: Segment, image_end: int, memory_bytes: int) -> ImageError:
@@ -302,7 +309,12 @@ def _misplaced(path: str, segment: Segment, image_end: int, memory_bytes: int) -
     )
 
 
-def _check_entry(path: str, segments: list[Segment], entry: int) -> None:
+def check_entry(path: str, segments: list[Segment], entry: int) -> None:
+    """Reject an entry that cannot be executed.
+
+    Raises:
+        ImageError: It lies outside every segment, or in one that forbids execution.
+    """
     for segment in segments:
         if segment.start <= entry < segment.end:
             if segment.perms & EXECUTE:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, Self
+import errno
+import time
+from typing import TYPE_CHECKING
 
-from kvmmm.arena import Arena
-from kvmmm.errors import KvmmmError, RangeError, StateError
-from kvmmm.hostarch.access import ANY_ACCESS, READ_WRITE
+from kvmmm.errors import IoctlError, RangeError, StateError
+from kvmmm.hostarch.access import ANY_ACCESS
 from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES, align_up
-from kvmmm.hostarch.ranges import AddrRange
-from kvmmm.hostarch.units import parse_bytes, parse_duration_ns
+from kvmmm.hostarch.units import parse_bytes
 from kvmmm.mm import MemoryManager
+from kvmmm.mm.layout import Layout
 from kvmmm.platform.kvm.address_space import MemslotAddressSpace
 from kvmmm.platform.kvm.boot import RFLAGS_RESERVED
 from kvmmm.platform.kvm.device import open_device
 from kvmmm.platform.kvm.vm import Vm
-from kvmmm.safemem.ffi import lib
+from kvmmm.vmm.boot_tables import BootTables
 from kvmmm.vmm.console import Console
 from kvmmm.vmm.exit_handler import ExitHandler
+from kvmmm.vmm.guest_memory import HOLE, make_arena, memory_map_of
 from kvmmm.vmm.image import Image, read_image
+from kvmmm.vmm.machine import Machine
 from kvmmm.vmm.result import RunResult
 from kvmmm.vmm.statistics import RunStatistics
-from kvmmm.vmm.stop_report import StopReporter
+from kvmmm.vmm.stop_report import KernelStopReporter
 from kvmmm.vmm.system_area import (
     IMAGE_NAME,
     MEMORY_NAME,
@@ -37,13 +39,13 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
+    from kvmmm.platform.kvm.device import Device
+    from kvmmm.platform.kvm.vcpu_state import VcpuState
+
 DEFAULT_MEMORY = "64M"
 
-HOLE = AddrRange(0xFEC0_0000, 1 << 32)
-"""Never memory: the APIC pages, and on VMX KVM's private slots."""
 
-
-class MicroVM:
+class MicroVM(Machine):
     """A micro-VM with one vCPU.
 
     Example:
@@ -52,22 +54,21 @@ class MicroVM:
             result = vm.run(timeout=5.0)
             print(result.status, result.console)
 
-    The vCPU runs on the thread that calls `run`. A timer makes it leave the guest 20 times a
-    second, for Ctrl-C and whatever else Python's signal handlers do.
-
-    Lifetime: `close`, or the end of a `with`. Not to be shared between threads, but for `stop` and
-    copies through `mm`.
+    Lifetime, threads and signals: see `Machine`.
 
     Args:
         memory: Guest memory, as `64M` or in bytes; rounded up to 2 MiB. Costs nothing until
             touched.
-        arena: Most that guest memory and kvmmm's own pages may take on the host; by default enough.
+        arena: Most that guest memory and kvmmm's own pages may take on the host, those of forks
+            included; by default enough for seven forks that touch everything, and for many more
+            that do not.
         console: Called with each chunk of guest output; None collects it in `RunResult.console`.
         console_input: File descriptor of the guest's console input; None is an empty one.
         max_memslots: Use no more memslots than that (for tests).
 
     Attributes:
-        mm: The memory manager; its addresses are guest-physical.
+        mm: The memory manager; its addresses are guest-physical. Memory may be mapped, unmapped and
+            protected at any time, also while the guest runs (see `refresh_tables`).
         vcpu: The vCPU, for registers and for handlers of one's own (`on_out`).
 
     Raises:
@@ -80,15 +81,10 @@ class MicroVM:
         console: Callable[[bytes], object] | None = None, console_input: int | None = None,
         max_memslots: int | None = None,
     ) -> None:  # fmt: skip
-        self._closers: list[Callable[[], None]] = []
+        super().__init__()
         self._image: Image | None = None
-        self._tables_generation = -1
-        self._has_ended = False
-        self._last_result: RunResult | None = None
         self.memory_bytes = align_up(parse_bytes(memory), HUGE_PAGE_BYTES)
-        area_start = align_up(self.memory_bytes, HUGE_PAGE_BYTES)
-        if HOLE.start <= area_start < HOLE.end:
-            area_start = HOLE.end
+        area_start = HOLE.end if HOLE.start <= self.memory_bytes < HOLE.end else self.memory_bytes
         area_bytes = system_area_bytes(self.memory_bytes)
         device = open_device()
         if area_start + area_bytes > 1 << device.cpuid.physical_bits:
@@ -96,40 +92,57 @@ class MicroVM:
                 0, self.memory_bytes,
                 f"this CPU addresses {device.cpuid.physical_bits} bits: ask for less --memory",
             )  # fmt: skip
-        capacity = parse_bytes(arena) if arena is not None else self.memory_bytes + area_bytes
         try:
-            # The system area first; then, where there is room for it, all of guest memory.
-            has_room = capacity >= area_bytes + self.memory_bytes
-            self.arena = Arena(
-                max(capacity, area_bytes), used_bytes=area_bytes,
-                reserved_bytes=self.memory_bytes if has_room else 0,
-            )  # fmt: skip
+            self.arena = make_arena(
+                area_bytes, self.memory_bytes, parse_bytes(arena) if arena is not None else None
+            )
             self._closers.append(self.arena.close)
             self.area = SystemArea(
                 self.arena, self.arena.first, area_start, giant_pages=device.cpuid.has_giant_pages
             )
             self._closers.append(self.area.close)
-            self.vm = Vm(device, max_memslots=max_memslots)
-            self._closers.append(self.vm.close)
-            self.vm.memslots.add(area_start, area_bytes, self.area.hva)
-            self.address_space = MemslotAddressSpace(self.vm, self.memory_bytes)
-            self.mm = MemoryManager(self.arena, self.address_space, self.arena.reservation)
-            self.vcpu = self.vm.create_vcpu()
+            self._add_vm(device, max_memslots)
+            self.mm = MemoryManager(
+                self.arena, self.address_space, self.arena.reservation,
+                layout=Layout(PAGE_BYTES, self.memory_bytes),
+            )  # fmt: skip
             self._wire(console, console_input)
         except BaseException:
             self.close()
             raise
 
-    def _wire(self, sink: Callable[[bytes], object] | None, input_fd: int | None) -> None:
+    def _add_vm(self, device: Device, max_memslots: int | None) -> None:
+        self._closers.append(self._give_memory_back)
+        self.vm = Vm(device, max_memslots=max_memslots)
+        self._closers.append(self.vm.close)
+        area = self.area
+        self.vm.memslots.add(area.start, area.end - area.start, area.hva)
+        self.address_space = MemslotAddressSpace(self.vm, self.memory_bytes)
+        self.vcpu = self.vm.create_vcpu()
+
+    def _wire(
+        self, sink: Callable[[bytes], object] | None, input_fd: int | None, *, n_taken: int = 0
+    ) -> None:
         hva = self.area.hva
-        self.vcpu.set_console(hva, hva + OUTPUT_OFFSET, OUTPUT_BYTES)
+        self.vcpu.set_console(hva, hva + OUTPUT_OFFSET, OUTPUT_BYTES, n_taken)
+        self.boot_tables = BootTables(self.vm, self.mm, self.area)
         self._console = Console(self.vcpu, sink, input_fd)
-        self._reporter = StopReporter(self)
+        self._reporter = KernelStopReporter(self)
         self._handler = ExitHandler(
-            self.vm, self.vcpu, self.mm, self.address_space, self.area, self._console,
-            self._reporter,
+            self.vm, self.vcpu, self.mm, self.address_space, self.area, self.boot_tables,
+            self._console, self._reporter,
         )  # fmt: skip
         self._handler.attach()
+
+    def _give_memory_back(self) -> None:
+        """Once the VM is gone: to whoever else uses the arena, or to the files that were mapped."""
+        mm: MemoryManager | None = getattr(self, "mm", None)
+        is_shared = self.arena.is_shared
+        if mm is not None and (is_shared or any(vma.mappable for _, _, vma in mm.vmas)):
+            self.vm.memslots.by_gpa.clear()  # they went with the VM
+            mm.close()
+        if is_shared:
+            self.arena.dec_ref(self.area.file_range)
 
     # ---- loading ----
 
@@ -165,19 +178,20 @@ class MicroVM:
         ranges = image.page_ranges()
         if rwx:
             ranges = tuple((start, end, ANY_ACCESS) for start, end, _ in ranges)
-        memory_map = _memory_map(ranges, self.memory_bytes)
+        memory_map = memory_map_of(ranges, self.memory_bytes)
         self.mm.mmap_all(memory_map)
         try:
             for start, end, perms, name in memory_map:
                 if name == IMAGE_NAME and perms:
-                    self.mm.populate(AddrRange(start, end))
+                    self.mm.populate(start, end - start)
             for segment in image.segments:
                 self.mm.copy_out(segment.start, image.contents(segment), ignore_permissions=True)
             self._enter(image, memory_map, " ".join(args))
         except BaseException:
-            self.mm.munmap(AddrRange(0, self.memory_bytes))
+            self.mm.munmap(0, self.memory_bytes)
             raise
         self._image = image
+        self._is_loaded = True
 
     def _enter(
         self, image: Image, memory_map: tuple[tuple[int, int, int, str], ...], command_line: str
@@ -197,97 +211,143 @@ class MicroVM:
 
     # ---- running ----
 
-    def run(self, timeout: float | str | None = None) -> RunResult:
-        """Run the guest until it exits, fails, is stopped, or the deadline passes.
+    def _prepare(self) -> None:
+        if self.boot_tables.generation != self.mm.generation:
+            is_new = self.area.image is None
+            self.boot_tables.refresh()
+            if is_new:
+                self.vcpu.load_boot_state(self.area.layout())
+        self.mm.map_resident()
 
-        Args:
-            timeout: Deadline in seconds, or as `"250ms"`; None for none.
+    def _run_guest(self, timeout_ns: int) -> object:
+        until_ns = time.monotonic_ns() + timeout_ns
+        while True:
+            try:
+                return super()._run_guest(timeout_ns)
+            except IoctlError as e:
+                # KVM found no page behind a slot: somebody has cut a mapped file short. Nothing has
+                # happened; without the slot the guest's next try is an EPT violation.
+                if e.errno != errno.EFAULT or not self._revalidate_files():
+                    raise
+            if timeout_ns:
+                timeout_ns = max(until_ns - time.monotonic_ns(), 1)
 
-        Returns:
-            What it came to. A deadline or a stop leaves the guest able to run on; anything else
-            ends it.
+    def _revalidate_files(self) -> bool:
+        from kvmmm.memmap.host_file import HostFile
+
+        with self.mm.mapping_lock:
+            mappables = {vma.mappable for _, _, vma in self.mm.vmas}
+        files = [mappable for mappable in mappables if isinstance(mappable, HostFile)]
+        return sum(file.revalidate() for file in files) > 0  # all of them
+
+    def refresh_tables(self) -> None:
+        """Bring the boot tables up to date with `mm`, from any thread, the guest running or not.
+
+        Every run begins with it, and so does whatever the host does about an access to memory
+        that the guest cannot reach: so what was taken away is never used again. What was granted
+        while the guest ran it finds by then, or by a #PF through the default IDT. Only a guest with
+        an IDT of its own would see that #PF itself: for that one call this after `mm.mprotect` or
+        `mm.mmap`.
 
         Raises:
-            StateError: Nothing is loaded, it is running, or it has ended.
-            KeyboardInterrupt: Ctrl-C, when this is the main thread; a note says where it was.
-            Whatever a handler or the console's sink raises; that ends the guest.
-            VcpuError: KVM gave up.
+            StateError: So many tables have no room.
         """
         self._check_open()
-        if self._image is None:
-            raise StateError("nothing is loaded: call load() first")
-        if self._has_ended:
-            raise StateError("this guest has ended: make another MicroVM")
-        if self.vcpu.thread_id:
-            raise StateError("this VM is running already")
-        timeout_ns = parse_duration_ns(timeout) if timeout is not None else 0
-        self._settle()
-        self._refresh_tables()
-        self.mm.map_resident()
-        self._reporter.begin_run()
-        try:
-            answer = self.vcpu.run(timeout_ns)
-        except BaseException as e:
-            # An exception out of a handler leaves an access half done; out of a tick it does not.
-            self._has_ended = self.vcpu.handler_failed
-            if isinstance(e, KeyboardInterrupt):
-                self._console.drain()
-                e.add_note(self._reporter.stopped("Ctrl-C").report)
-            raise
-        if answer == -lib.KVMMM_STOP_DEADLINE:
-            result = self._reporter.deadline(timeout_ns)
-        elif answer == -lib.KVMMM_STOP_REQUEST:
-            result = self._reporter.stopped("stop()")
-        elif isinstance(answer, RunResult):
-            result = answer
-            self._has_ended = True
-        else:
-            raise KvmmmError(f"a handler answered {answer!r}, which is no RunResult")
-        self._console.drain()
-        result.console = self._console.take_output()
-        result.tests = self.area.test_report()
-        result.defer_stats(self.statistics)
-        self._last_result = result
-        return result
+        if self.area.image is not None:
+            self.boot_tables.refresh()
 
-    def _settle(self) -> None:
-        """Have the last result's statistics taken, before anything changes them."""
-        if self._last_result is not None:
-            self._last_result.settle()
-            self._last_result = None
+    # ---- a second one ----
 
-    def _refresh_tables(self) -> None:
-        """Build the boot tables from the vmas."""
-        if self._tables_generation == self.mm.generation:
-            return
-        if self._tables_generation >= 0:
-            raise StateError("guest memory was remapped after the first run: not supported yet")
-        self.area.build_tables((start, end, vma.perms) for start, end, vma in self.mm.vmas)
-        self.vcpu.load_boot_state(self.area.layout())
-        self._tables_generation = self.mm.generation
+    def fork(
+        self, *, console: Callable[[bytes], object] | None = None,
+        console_input: int | None = None,
+    ) -> MicroVM:  # fmt: skip
+        """Return a second VM in the state of this one; from then on neither sees the other change.
 
-    def stop(self) -> None:
-        """End the run from any thread, within moments; `run` returns outcome `stopped`.
+        The guest must not be running, and not have ended: before its first run, after a deadline
+        or a stop, or where a handler of one's own has answered `RunResult("paused")`. An access
+        that is half done is completed first. Then the two can run at the same time, in two
+        threads, and be forked again; they have one arena, and can be closed in any order.
 
-        A stop that comes while nothing runs ends the next run before its first instruction.
-        """
-        self.vcpu.stop()
-
-    def on_out(
-        self, port: int, handler: Callable[..., object] | None, *, value_only: bool = False
-    ) -> None:
-        """Have `handler` called when the guest uses an I/O port.
+        Private memory is copied now, as much of it as is resident: a guest's tables and stacks
+        cannot be told from its data. Mappings with `pure_data`, and private ones of files, are
+        shared until one side writes. Shared mappings stay shared. Output that has not been handed
+        on yet is this VM's; input that the guest has not read yet is in both.
 
         Args:
-            port: The port; ring 3 may use those of `boot.OPEN_PORTS`.
-            handler: `handler(exit)` with an `IoExit`, or with `value_only` `handler(port, value)`,
-                which is twice as fast. A `RunResult` it returns ends the run; None goes on. For IN,
-                the first kind sets `exit.value`, the second returns the number (its `value` is
-                None). No handler: nobody is at that port.
-            value_only: Which of the two.
+            console: The child's, as for the class.
+            console_input: The child's; None is an empty one.
+
+        Returns:
+            The child. Handlers of one's own (`on_out`) are not part of it.
+
+        Raises:
+            StateError: Nothing is loaded, it is running, or has ended; also if that comes out only
+                when an access is completed.
+            ArenaExhaustedError: The arena has no room for it; nothing has changed.
         """
-        kind = lib.KVMMM_PORT_KIND_VALUE if value_only else lib.KVMMM_PORT_KIND_EXIT
-        self.vcpu.set_port(port, kind if handler is not None else 0, handler)
+        self._check_runnable()
+        self._settle()
+        self._prepare()
+        self._complete_pending()
+        state = self.vcpu.save_state()
+        child = MicroVM.__new__(MicroVM)
+        child._become_copy(self, state, console, console_input)  # noqa: SLF001 - one of our own
+        return child
+
+    def _complete_pending(self) -> None:
+        try:
+            answer = self.vcpu.complete_pending()
+        except BaseException:
+            self._has_ended = True
+            raise
+        if answer is not None:
+            self._has_ended = True
+            report = answer.report if isinstance(answer, RunResult) else f"{answer!r}"
+            raise StateError(f"this guest has ended in the access that it was at:\n{report}")
+
+    def _become_copy(
+        self, parent: MicroVM, state: VcpuState, sink: Callable[[bytes], object] | None,
+        input_fd: int | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.memory_bytes = parent.memory_bytes
+        self._image = parent.image
+        self._is_loaded = True
+        try:
+            self.arena = parent.arena.share()
+            self._closers.append(self.arena.close)
+            self._copy_area(parent.area)
+            self._add_vm(parent.vm.device, parent.vm.memslots.limit)
+            self._fork_memory(parent.mm)
+            if input_fd is not None:
+                self.area.reopen_input()
+            self._wire(sink, input_fd, n_taken=self.area.output_head)
+            self.vcpu.load_state(state)
+        except BaseException:
+            self.close()
+            raise
+
+    def _copy_area(self, area: SystemArea) -> None:
+        frames = self.arena.allocate(area.end - area.start, align_bytes=HUGE_PAGE_BYTES)
+        try:
+            self.area = area.copy_to(frames)
+        except BaseException:
+            self.arena.dec_ref(frames)
+            raise
+        self._closers.append(self.area.close)
+
+    def _fork_memory(self, mm: MemoryManager) -> None:
+        reservation = self.arena.reserve(self.memory_bytes, align_bytes=HUGE_PAGE_BYTES)
+        try:
+            self.mm = mm.fork(self.address_space, reservation)
+        except BaseException:
+            if reservation is not None:
+                self.arena.unreserve(reservation)
+            raise
+
+    def _count_tests(self) -> tuple[int, int]:
+        return self.area.test_report()
 
     def statistics(self) -> RunStatistics:
         """Return counts and times since the VM was made."""
@@ -297,52 +357,3 @@ class MicroVM:
             n_emulated_pages=self._handler.provider.n_pages,
             n_page_faults=self._handler.n_page_faults, n_console_bytes=self._console.n_bytes,
         )  # fmt: skip
-
-    def _check_open(self) -> None:
-        if not self._closers:
-            raise StateError("this VM is closed")
-
-    def close(self) -> None:
-        """Release everything, vCPU first, arena last. Idempotent; also after an error in between.
-
-        Raises:
-            StateError: The guest is running.
-            BufferError: A memoryview of guest memory is still held.
-        """
-        if self._closers:
-            self._settle()
-        while self._closers:
-            self._closers[-1]()
-            self._closers.pop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_closers"):
-            self.close()
-
-
-@lru_cache(maxsize=16)
-def _memory_map(
-    image_ranges: tuple[tuple[int, int, int], ...], memory_bytes: int
-) -> tuple[tuple[int, int, int, str], ...]:
-    """Return (start, end, perms, name) of all guest memory: the image, and RAM wherever else.
-
-    Page 0 is nobody's, nor is `HOLE`.
-    """
-    taken = [*image_ranges, (HOLE.start, HOLE.end, 0)]
-    found = []
-    addr = PAGE_BYTES
-    for start, end, perms in sorted(taken):
-        if addr < min(start, memory_bytes):
-            found.append((addr, min(start, memory_bytes), READ_WRITE, MEMORY_NAME))
-        if start != HOLE.start:
-            found.append((start, end, perms, IMAGE_NAME))
-        addr = max(addr, end)
-    if addr < memory_bytes:
-        found.append((addr, memory_bytes, READ_WRITE, MEMORY_NAME))
-    return tuple(found)

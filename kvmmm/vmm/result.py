@@ -20,6 +20,11 @@ SHUTDOWN = "shutdown"
 HALTED = "halted"
 DEADLINE = "deadline"
 STOPPED = "stopped"
+PAUSED = "paused"
+
+RESUMABLE = frozenset((DEADLINE, STOPPED, PAUSED))
+"""After these the guest can run on. `PAUSED` is for handlers: they answer `RunResult(PAUSED)` where
+the host wants to do something that takes a guest that does not run, `fork` for one."""
 
 _EXIT_CODES = {
     FAULT: errors.EXIT_FAULT,
@@ -29,6 +34,7 @@ _EXIT_CODES = {
     SHUTDOWN: errors.EXIT_SHUTDOWN,
     DEADLINE: errors.EXIT_DEADLINE,
     STOPPED: errors.EXIT_STOPPED,
+    PAUSED: errors.EXIT_STOPPED,
     HALTED: 0,
 }
 

@@ -24,15 +24,17 @@ class RunStatistics:
         used_bytes, peak_bytes: The arena's, kvmmm's own pages included.
         n_slots: Memslots now.
         console_bytes, coalesced_bytes: What the guest printed, and how much of it without an exit.
+        slot_violations: EPT violations that only registered a slot (`UserVM(lazy_slots=True)`).
         ignored_ports: Port accesses that nobody listens to.
+        syscalls: System calls of programs in ring 3, unknown ones included.
         guest_ns, handler_ns: Time in KVM_RUN and in handlers; 0 unless `vcpu.timed` was set.
     """
 
     __slots__ = (
         "allocated_bytes", "coalesced_bytes", "console_bytes", "emulated_faults", "executes",
         "exits", "guest_ns", "handler_ns", "ignored_ports", "mmio_faults", "n_slots", "page_faults",
-        "peak_bytes", "pma_hits", "pma_insertions", "reads", "refused", "used_bytes", "vma_lookups",
-        "writes",
+        "peak_bytes", "pma_hits", "pma_insertions", "reads", "refused", "slot_violations",
+        "syscalls", "used_bytes", "vma_lookups", "writes",
     )  # fmt: skip
 
     exits: dict[str, int]
@@ -53,6 +55,8 @@ class RunStatistics:
     console_bytes: int
     coalesced_bytes: int
     ignored_ports: int
+    syscalls: int
+    slot_violations: int
     guest_ns: int
     handler_ns: int
 
@@ -60,6 +64,7 @@ class RunStatistics:
     def of(
         cls, vcpu: dict[str, Any], counters: Counters, arena: ArenaStatistics, *, n_slots: int,
         n_mmio: int, n_emulated_pages: int, n_page_faults: int, n_console_bytes: int,
+        n_syscalls: int = 0, n_slot_violations: int = 0,
     ) -> RunStatistics:  # fmt: skip
         """Gather them from where they are counted."""
         self = cls()
@@ -75,6 +80,7 @@ class RunStatistics:
         self.console_bytes = n_console_bytes
         self.coalesced_bytes = vcpu["coalesced_bytes"]
         self.ignored_ports = vcpu["ignored_ports"]
+        self.syscalls, self.slot_violations = n_syscalls, n_slot_violations
         self.guest_ns, self.handler_ns = vcpu["guest_ns"], vcpu["handler_ns"]
         return self
 
@@ -94,7 +100,7 @@ class RunStatistics:
         return (
             self.faults == self.reads + self.writes + self.executes == self.vma_lookups
             and self.vma_lookups == self.pma_insertions + self.pma_hits + self.refused
-            and self.mmio_faults == self.exits.get("mmio", 0)
+            and (self.slot_violations > 0 or self.mmio_faults == self.exits.get("mmio", 0))
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Everything here is cold: it runs once, when a run has come to an end.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvmmm.errors import KvmmmError
 from kvmmm.hostarch.access import WRITE
@@ -18,10 +19,27 @@ from kvmmm.vmm.result import RunResult
 
 if TYPE_CHECKING:
     from kvmmm.errors import ArenaExhaustedError, GuestFaultError
+    from kvmmm.mm import MemoryManager
+    from kvmmm.platform.kvm.vcpu import Vcpu
     from kvmmm.vmm.emulation import EmulationError
     from kvmmm.vmm.exit_handler import TrapFrame
+    from kvmmm.vmm.image import Image
     from kvmmm.vmm.microvm import MicroVM
     from kvmmm.vmm.symbol import SymbolTable
+
+
+class Reported(Protocol):
+    """What a report asks of a VM."""
+
+    vcpu: Vcpu
+
+    @property
+    def mm(self) -> MemoryManager:
+        """The memory of the program that was stopped."""
+
+    @property
+    def image(self) -> Image | None:
+        """The program."""
 
 
 class _Trapped:
@@ -38,10 +56,10 @@ class _Trapped:
         return self.values[name] if name in self.values else getattr(self._cpu, name)
 
 
-class StopReporter:
+class StopReporter(ABC):
     """Turns the end of a run into a `RunResult`; one for each VM."""
 
-    def __init__(self, vm: MicroVM) -> None:
+    def __init__(self, vm: Reported) -> None:
         self._vm = vm
         self._symbols: SymbolTable | None = None
         self._began_ns = 0
@@ -75,7 +93,7 @@ class StopReporter:
             store=self._store(error.addr, cpu, stored) if is_past else None,
             vector=frame.vector if frame else None,
             error_code=frame.error_code if frame else None,
-            warnings=self._warnings(cpu),
+            warnings=self._warnings(cpu), hint=self._fault_hint(error),
         )  # fmt: skip
         return RunResult(result.FAULT, report=report.render_fault(facts), addr=error.addr)
 
@@ -89,11 +107,21 @@ class StopReporter:
         return self._stop(result.EMULATION, report.EMULATION, code=error.instruction)
 
     def exception(self, frame: TrapFrame) -> RunResult:
-        """An exception that nobody handles."""
+        """An exception that nobody handles, as a stub met it."""
         cpu = self._cpu(frame)
+        addr = cpu.values["cr2"] if frame.vector == 14 else None
+        return self._exception(cpu, frame.vector, frame.error_code, addr)
+
+    def exception_at(self, vector: int, error_code: int | None, addr: int | None) -> RunResult:
+        """The same, where the vCPU's registers are the interrupted program's already."""
+        return self._exception(self._cpu(None), vector, error_code, addr)
+
+    def _exception(
+        self, cpu: CpuState | _Trapped, vector: int, error_code: int | None, addr: int | None
+    ) -> RunResult:
         return self._stop(
-            result.EXCEPTION, report.EXCEPTION, cpu=cpu, vector=frame.vector,
-            error_code=frame.error_code, addr=cpu.values["cr2"] if frame.vector == 14 else None,
+            result.EXCEPTION, report.EXCEPTION, cpu=cpu, vector=vector, error_code=error_code,
+            addr=addr, hint=self._exception_hint(vector),
         )  # fmt: skip
 
     # ---- ends without one ----
@@ -148,16 +176,11 @@ class StopReporter:
         cpu = CpuState(self._vm.vcpu)
         return _Trapped(cpu, frame) if frame is not None else cpu
 
-    def _provider(self) -> Provider:
-        return Provider(self._vm.vcpu, self._vm.mm, self._vm.address_space)
-
     def _state(self, cpu: CpuState | _Trapped) -> report.GuestState:
         mm = self._vm.mm
         with mm.mapping_lock:
             vmas = [(start, end, vma.perms, vma.name) for start, end, vma in mm.vmas]
-        return report.GuestState(
-            cpu.values, read=self._provider().read, symbols=self._resolve, vmas=vmas
-        )
+        return report.GuestState(cpu.values, read=self._read, symbols=self._resolve, vmas=vmas)
 
     def _resolve(self, addr: int) -> str | None:
         if self._symbols is None:
@@ -172,7 +195,34 @@ class StopReporter:
     def _store(
         self, addr: int, cpu: Any, stored: int | None  # noqa: ANN401 - Registers
     ) -> tuple[int, str] | None:  # fmt: skip
-        return store_ending_at(self._provider().read, cpu.rip, addr, cpu, stored=stored)
+        return store_ending_at(self._read, cpu.rip, addr, cpu, stored=stored)
+
+    @abstractmethod
+    def _read(self, gva: int, length_bytes: int) -> bytes:
+        """Return guest-virtual memory, up to the first absent byte."""
+
+    def _warnings(self, _cpu: CpuState | _Trapped) -> list[str]:
+        """Return what looks suspicious, one line each."""
+        return []
+
+    def _fault_hint(self, _error: GuestFaultError) -> str:
+        """Return what to do about a fault; empty for the usual."""
+        return ""
+
+    def _exception_hint(self, _vector: int) -> str:
+        """Return what to do about an exception; empty for the usual."""
+        return ""
+
+
+class KernelStopReporter(StopReporter):
+    """The reporter of a guest kernel: its virtual addresses go through tables of its own."""
+
+    def __init__(self, vm: MicroVM) -> None:
+        super().__init__(vm)
+        self._provider = Provider(vm.vcpu, vm.mm, vm.address_space)
+
+    def _read(self, gva: int, length_bytes: int) -> bytes:
+        return self._provider.read(gva, length_bytes)
 
     def _warnings(self, cpu: CpuState | _Trapped) -> list[str]:
         """Say which of the things that a CPU writes to by itself lie in read-only memory.

@@ -18,21 +18,23 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from kvmmm.arena.memfd import data_runs
 from kvmmm.errors import ImageError, StateError
 from kvmmm.hostarch.access import EXECUTE, READ, READ_WRITE, WRITE
 from kvmmm.hostarch.addr import GIANT_PAGE_BYTES, HUGE_PAGE_BYTES, PAGE_BYTES, align_up
-from kvmmm.pagetables import PageTables
 from kvmmm.pagetables.pte import flags_of
 from kvmmm.platform.kvm import boot
 from kvmmm.safemem.ffi import ffi, lib
+from kvmmm.vmm.boot_tables import TableImage, TableRoom
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Sequence
 
     from kvmmm.arena import Arena
     from kvmmm.hostarch.ranges import FileRange
+    from kvmmm.pagetables import PageTables
     from kvmmm.platform.kvm.trial import Trial
 
 MEMORY_NAME, IMAGE_NAME = "[memory]", "[image]"
@@ -59,6 +61,8 @@ _KERNEL_PARTS = (
     (GDT_OFFSET, 0x1000, READ | WRITE | EXECUTE),
     (0x4000, IST_TOP_OFFSET - 0x4000, READ_WRITE),
 )
+T = TypeVar("T")
+
 _REGION = struct.Struct("<QQII")
 _CONSOLE_HEAD = struct.Struct("<QQII")
 
@@ -80,12 +84,12 @@ class SystemArea:
         start: Guest-physical (and, under the boot tables, virtual) address of the first page.
         end: One past the last.
         file_range: The arena frames behind it.
-        tables: The boot page tables; None before `build_tables`.
+        image: What the boot page tables should hold; None before `build_tables`.
     """
 
     __slots__ = (
-        "_free", "_giant_pages", "_layout", "_next", "_view", "_words", "arena", "end",
-        "file_range", "start", "tables",
+        "_giant_pages", "_layout", "_tables", "_view", "arena", "end", "file_range", "image",
+        "start",
     )  # fmt: skip
 
     def __init__(
@@ -96,11 +100,9 @@ class SystemArea:
         self.end = start + file_range.length_bytes
         self.file_range = file_range
         self._view = arena.view_of(self.file_range)
-        self._words = self._view.cast("Q")
         self._giant_pages = giant_pages
-        self._free: list[int] = []
-        self._next = start + TABLES_OFFSET
-        self.tables: PageTables | None = None
+        self.image: TableImage | None = None
+        self._tables: PageTables | None = None
         self._layout: boot.BootLayout | None = None
 
     @property
@@ -126,35 +128,51 @@ class SystemArea:
             raise StateError("the boot tables have not been built")
         return self._layout
 
+    def copy_to(self, file_range: FileRange) -> SystemArea:
+        """Return a copy in other frames, at the same guest addresses, with its output ring empty.
+
+        Args:
+            file_range: Fresh frames of the same arena, as many.
+        """
+        copy = SystemArea(self.arena, file_range, self.start, giant_pages=self._giant_pages)
+        by = file_range.start - self.file_range.start
+        for start, stop in data_runs(self.arena.fd, self.file_range.start, self.file_range.end):
+            os.pwrite(self.arena.fd, self.arena.view[start:stop], start + by)
+        copy._layout = self._layout
+        if self.image is not None:
+            copy._take_image(self.image)
+        console = copy._console()
+        console.out_tail = console.out_head
+        return copy
+
+    @property
+    def output_head(self) -> int:
+        """How many bytes the guest says that it has put into the output ring."""
+        return int(self._console().out_head)
+
+    def reopen_input(self) -> None:
+        """Take back that no more input comes."""
+        self._console().in_eof = 0
+
     def _put(self, offset: int, content: bytes) -> None:
         # Into pages that nobody has touched, pwrite(2) is twice as fast as a copy to the mapping.
         os.pwrite(self.arena.fd, content, self.file_range.start + offset)
 
-    # ---- page tables: this object is their allocator (pagetables.TableAllocator) ----
+    # ---- page tables ----
 
-    def allocate(self) -> tuple[int, memoryview]:
-        """Return a zeroed table page: its guest-physical address and its 512 entries."""
-        if self._free:
-            gpa = self._free.pop()
-            entries = self.entries(gpa)
-            entries[:] = _EMPTY_TABLE
-            return gpa, entries
-        gpa = self._next
-        if gpa >= self.end:
-            raise StateError("the system area has no page left for page tables")
-        self._next = gpa + PAGE_BYTES
-        return gpa, self.entries(gpa)
+    @property
+    def tables(self) -> PageTables | None:
+        """The boot page tables where they lie, to look at; None before `build_tables`.
 
-    def entries(self, gpa: int) -> memoryview:
-        """Return the 512 entries of a table page."""
-        first = (gpa - self.start) >> 3
-        return self._words[first : first + 512]
+        Edits of them are for experiments: the guest can write there, and `BootTables` knows nothing
+        of them.
+        """
+        if self._tables is None and self.image is not None:
+            hva = self.hva + TABLES_OFFSET
+            self._tables = TableRoom(self.image, self._view[TABLES_OFFSET:], hva).adopt(self.image)
+        return self._tables
 
-    def free(self, gpa: int) -> None:
-        """Take a table page back."""
-        self._free.append(gpa)
-
-    def build_tables(self, ranges: Iterable[tuple[int, int, int]]) -> None:
+    def build_tables(self, ranges: Sequence[tuple[int, int, int]]) -> None:
         """Build the boot tables, once, before the guest runs: gva == gpa, permissions of the vmas.
 
         Args:
@@ -162,28 +180,50 @@ class SystemArea:
                 drop to ring 3; page 0 is nobody's.
         """
         wanted = (tuple(ranges), self.start, self.end, self._giant_pages)
-        copied = _boot_tables.get(wanted)
-        first = self.start + TABLES_OFFSET
-        if copied is not None:
-            # The next guest of the same shape: copied, not walked.
-            self._put(TABLES_OFFSET, copied)
-            self._next = first + len(copied)
-            self.tables = PageTables.adopt(
-                self, first, len(copied) // PAGE_BYTES, giant_pages=self._giant_pages
-            )
-        else:
-            self.tables = PageTables(self, giant_pages=self._giant_pages)
-            for start, end, flags in (*_guest_parts(wanted[0]), *self._own_parts()):
-                self.tables.map(start, end - start, start, flags)
-            _remember(_boot_tables, wanted, self.read(first, self._next - first))
+        image = _images.get(wanted)
+        if image is None:
+            first = self.start + TABLES_OFFSET
+            image = TableImage(first, self.end, giant_pages=self._giant_pages)
+            image = image.mapping(self._parts(ranges), self.end)
+            _remember(_images, wanted, image)
+        self._put(TABLES_OFFSET, image.content)
+        self._take_image(image)
         self._layout = boot.BootLayout(
-            root_gpa=first,
+            root_gpa=image.first_gpa,
             gdt_gpa=self.start + GDT_OFFSET,
             idt_gpa=self.start + IDT_OFFSET,
             tss_gpa=self.start + TSS_OFFSET,
             stubs_gpa=self.start + STUBS_OFFSET,
             ist_top_gpa=self.start + IST_TOP_OFFSET,
         )
+
+    def image_of(self, ranges: Sequence[tuple[int, int, int]]) -> TableImage:
+        """Return what the tables should hold for such ranges, by way of what they hold now.
+
+        Raises:
+            StateError: There is no room for so many tables, or none have been built.
+        """
+        if self.image is None:
+            raise StateError("the boot tables have not been built")
+        return self.image.mapping(self._parts(ranges), self.end)
+
+    def change_tables(self, image: TableImage, changes: Sequence[tuple[int, bytes]]) -> None:
+        """Write what `image` has changed.
+
+        Preconditions:
+            - No CPU walks the tables meanwhile.
+        """
+        for offset, content in changes:
+            at = TABLES_OFFSET + offset
+            self._view[at : at + len(content)] = content
+        self._take_image(image)
+
+    def _take_image(self, image: TableImage) -> None:
+        self.image = image
+        self._tables = None
+
+    def _parts(self, ranges: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        return [*_guest_parts(ranges), *sorted(self._own_parts())]
 
     def _own_parts(self) -> Iterator[tuple[int, int, int]]:
         user = flags_of(READ_WRITE, user=True)
@@ -290,12 +330,11 @@ class SystemArea:
 
     def close(self) -> None:
         """Drop the tables and every view of the arena; the frames go with it."""
-        self.tables = None
-        self._words.release()
+        self._tables = None
         self._view.release()
 
 
-def _guest_parts(ranges: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+def _guest_parts(ranges: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
     for start, end, perms in ranges:
         flags = flags_of(perms, user=True)
         if flags:
@@ -303,19 +342,17 @@ def _guest_parts(ranges: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, 
 
 
 _MAX_REMEMBERED = 16
-_boot_tables: dict[object, bytes] = {}
+_images: dict[object, TableImage] = {}
 _heads: dict[object, bytes] = {}
 """Boot tables, and heads of the area, by all that they depend on. Pure caches: a race makes one
 twice."""
 
 
-def _remember(cache: dict[object, bytes], key: object, content: bytes) -> None:
+def _remember(cache: dict[object, T], key: object, content: T) -> None:
     if len(cache) >= _MAX_REMEMBERED:
         cache.clear()
     cache[key] = content
 
-
-_EMPTY_TABLE = memoryview(bytes(PAGE_BYTES)).cast("Q")
 
 # struct kvmmm_boot_info, field by field; a test holds it to the compiler's layout.
 _BOOT_INFO = struct.Struct("<QIIQQIIQQQQQQ")

@@ -24,6 +24,7 @@ MANIFEST = tomllib.loads(
 CASES = [
     pytest.param({**guest, **case}, id=f"{guest['name']}-{n}")
     for guest in MANIFEST["guest"]
+    if guest["group"] != "user"  # tests/vmm/test_user_guests.py
     for n, case in enumerate([{}, *guest.get("case", ())])
 ]
 

@@ -13,6 +13,7 @@ from kvmmm.vmm import bundled
 from kvmmm.vmm.bundled import BundledGuest
 from kvmmm.vmm.image import read_image
 from kvmmm.vmm.image_file import ImageNotFoundError
+from kvmmm.vmm.user_image import read_user_image
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 def test_every_guest_of_the_manifest_has_an_image_that_loads():
     assert bundled.guests()
     for guest in bundled.guests():
+        if guest.is_user:
+            assert read_user_image(guest.path).kind == "elf"
+            continue
         image = read_image(str(guest.path), memory_bytes=parse_bytes(guest.memory))
         assert image.kind == "elf"
 
@@ -30,7 +34,7 @@ def test_manifest_entries_are_complete():
     names = [guest.name for guest in bundled.guests()]
     assert len(names) == len(set(names))
     for guest in bundled.guests():
-        assert guest.group in {"demo", "test", "bench"}
+        assert guest.group in {"demo", "test", "user", "bench"}
         assert guest.property
         assert guest.expected
         assert parse_duration_ns(guest.timeout)

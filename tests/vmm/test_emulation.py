@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.vmm.emulation import EmulationError, Provider
 from kvmmm.vmm.microvm import MicroVM
 from tests.vmm.elf_builder import Elf, Phdr, R, W, X
@@ -93,9 +92,7 @@ class TestRefused:
     @pytest.mark.parametrize("ring", [0, 3])
     def test_an_operand_that_is_gone(self, ring: int):
         def prepare(vm: MicroVM) -> None:
-            vm.on_out(
-                0xB0, lambda _p, _v: vm.mm.munmap(AddrRange(EDGE, EDGE + 4096)), value_only=True
-            )
+            vm.on_out(0xB0, lambda _p, _v: vm.mm.munmap(EDGE, 4096), value_only=True)
 
         code = Code().ring(ring).out32(0xB0).mov("rbx", EDGE - 4)
         at = BASE + code.here
@@ -117,7 +114,7 @@ class TestRefused:
     def test_what_kvm_cannot_run_at_all_is_said(self):
         """Paddd in ring 0: a KVM that emulates ring 0 does not know it, others just run it."""
         code = Code().mov("rbx", EDGE).raw("66 0f fe 03").exit(0)
-        result = run_code(code, lambda vm: vm.mm.populate(AddrRange(EDGE, EDGE + 4096)))
+        result = run_code(code, lambda vm: vm.mm.populate(EDGE, 4096))
         if result.outcome == "exited":
             assert result.status == 0
             return

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmmm.hostarch.access import NO_ACCESS, READ, READ_EXECUTE
-from kvmmm.hostarch.ranges import AddrRange
 from tests.vmm.guest_run import describe, load_code, run_code
 from tests.vmm.machine_code import BASE, Code
 
@@ -44,15 +43,15 @@ ACCESSES: dict[str, tuple[Callable[[Code], Code], str, bool]] = {
 
 
 def hole_by_tables(vm: MicroVM) -> None:
-    vm.mm.munmap(AddrRange(AT, AFTER))
+    vm.mm.munmap(AT, AFTER - AT)
 
 
 def no_access_by_tables(vm: MicroVM) -> None:
-    vm.mm.mprotect(AddrRange(AT, AFTER), NO_ACCESS)
+    vm.mm.mprotect(AT, AFTER - AT, NO_ACCESS)
 
 
 def readonly_by_tables(vm: MicroVM) -> None:
-    vm.mm.mprotect(AddrRange(AT, AFTER), READ)
+    vm.mm.mprotect(AT, AFTER - AT, READ)
 
 
 def on_out(change: Callable[[MicroVM], None]) -> Callable[[MicroVM], None]:
@@ -162,7 +161,7 @@ def test_a_jump_to_nowhere(place: str, addr: int, ring: int, how: str):
     if place == "hole, late":
         # Executable by the tables, and gone when it is wanted.
         def prepare(vm: MicroVM) -> None:
-            vm.mm.mprotect(AddrRange(AT, AFTER), READ_EXECUTE)
+            vm.mm.mprotect(AT, AFTER - AT, READ_EXECUTE)
             on_out(hole_by_tables)(vm)
 
     code = Code().ring(ring).out32(0xB0).mov("rbx", addr)
@@ -186,7 +185,7 @@ def test_an_access_across_pages_names_the_page_that_is_missing(ring: int, late: 
     code = (code.load("rax", "rbx") if kind == "load" else code.store("rbx", "rcx")).spin()
     with load_code(code) as vm:
         (on_out(hole_by_tables) if late else hole_by_tables)(vm)
-        vm.mm.populate(AddrRange(AT - PAGE, AT))
+        vm.mm.populate(AT - PAGE, PAGE)
         result = vm.run(timeout=60)
     assert (result.outcome, result.addr) == ("fault", AT), describe(result)
 

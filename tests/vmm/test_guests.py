@@ -27,7 +27,7 @@ QUICK = {
 def cases() -> list[Any]:
     found = []
     for guest in bundled.guests():
-        if guest.group == "bench" or guest.name == "echo":
+        if guest.group in {"bench", "user"} or guest.name == "echo":
             continue
         for n, case in enumerate([{}, *guest.entry.get("case", ())]):
             name = f"{guest.name}-{n}"

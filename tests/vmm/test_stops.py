@@ -15,7 +15,6 @@ import pytest
 
 from kvmmm.errors import StateError
 from kvmmm.hostarch.access import READ, READ_WRITE
-from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.platform.kvm.boot import GDT_BYTES
 from kvmmm.vmm import bundled
 from kvmmm.vmm.microvm import MicroVM
@@ -274,7 +273,7 @@ class TestReadOnlyTables:
         image = code.bytes.ljust(0x100, b"\0") + struct.pack("<HQ", GDT_BYTES - 1, table)
         with load_code(image) as vm:
             vm.mm.copy_out(table, bytes(GDT_BYTES))
-            vm.mm.mprotect(AddrRange(table, table + 4096), READ)
+            vm.mm.mprotect(table, 4096, READ)
             result = vm.run(timeout=0.1)
         assert result.outcome == "deadline", describe(result)
         second = result.report.splitlines()[1]
@@ -291,8 +290,9 @@ class TestReadOnlyTables:
             vm.run(timeout=TIMEOUT)  # builds the boot tables
             vm.mm.copy_out(root, vm.area.read(vm.area.layout().root_gpa, 4096))
             # As if a segment had been loaded read-only; the boot tables still say writable.
-            vm.address_space.unmap(AddrRange(root, root + 4096))
-            vm.mm.vmas.mutate(root, root + 4096, lambda _s, _e, vma: vma.with_perms(READ))
+            generation = vm.mm.generation
+            vm.mm.mprotect(root, 4096, READ)
+            vm.mm.generation = generation
             vm.mm.handle_user_fault(root, READ)
             result = vm.run(timeout=0.1)
         assert result.outcome == "deadline", describe(result)
@@ -330,6 +330,6 @@ def test_memory_can_be_changed_while_it_is_stopped_only_by_its_bytes():
         vm.mm.copy_out(COUNT + 64, b"host was here")
         assert vm.run(timeout=0.02).outcome == "deadline"
         assert vm.mm.read(COUNT + 64, 13) == b"host was here"
-        vm.mm.mmap(AddrRange(0x80_0000, 0x90_0000), READ_WRITE)
+        vm.mm.mmap(0x100000, READ_WRITE, addr=0x80_0000, fixed=True, replace=True)
         with pytest.raises(StateError, match="remapped"):
             vm.run(timeout=0.02)

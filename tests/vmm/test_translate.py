@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmmm.hostarch.access import NO_ACCESS, READ
-from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.vmm.microvm import HOLE, MicroVM
 from tests.vmm.guest_run import load_code
 from tests.vmm.machine_code import Code
@@ -44,9 +43,9 @@ def test_boot_tables(memory: str, scaled: Callable[[int], int]):
     vm = MicroVM(memory)
     with vm:
         vm.load(code.bytes, base=0x10_0000)
-        vm.mm.mprotect(AddrRange(0x11_0000, 0x11_3000), READ)
-        vm.mm.mprotect(AddrRange(0x12_0000, 0x12_1000), NO_ACCESS)
-        vm.mm.munmap(AddrRange(0x13_0000, 0x13_1000))
+        vm.mm.mprotect(0x11_0000, 0x3000, READ)
+        vm.mm.mprotect(0x12_0000, 0x1000, NO_ACCESS)
+        vm.mm.munmap(0x13_0000, 0x1000)
         prepared(vm)
         assert vm.area.tables is not None
         samples = [rng.randrange(vm.area.end + (4 << 20)) for _ in range(scaled(600))]
@@ -81,7 +80,7 @@ def test_a_guests_own_tables():
             (directory, 0, 0x83), (directory, 1, 0x20_0000 | 0x83),
         ):  # fmt: skip
             vm.mm.copy_out(table + 8 * index, entry.to_bytes(8, "little"))
-        vm.mm.populate(AddrRange(root, root + 0x3000))  # what a CPU walks must be there
+        vm.mm.populate(root, 0x3000)  # what a CPU walks must be there
         vm.on_out(0xB0, look, value_only=True)
         assert vm.run(timeout=30).ok
     assert found == [0x20_0000, 0x20_0010, 0, None]
