@@ -14,6 +14,10 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "startup": ("from nothing to a guest's first exit, and back", ("startup",)),
     "exits": ("what an exit costs, and a console", ("exits", "console")),
     "paging": ("what memory costs that appears on first touch", ("paging",)),
+    "mm": (
+        "what the memory manager costs: look-ups, faults, copy-on-write, fork",
+        ("scaling", "fault", "fork"),
+    ),
 }
 """By name: what it measures, and the modules whose GROUPS it runs."""
 
