@@ -133,6 +133,9 @@ class VcpuCore:
     on_cold: Callable[[int], object] | None
     on_console: Callable[[], object] | None
     on_fault: Callable[[int, int], object] | None
+    on_refused: Callable[[OSError, int], object] | None
+    on_repeated: Callable[[int, int], object] | None
+    n_faults: int
     """handler(addr, access): a guest #PF; READ, WRITE or EXECUTE of a guest-virtual address."""
     on_trap: Callable[[int, int], object] | None
     """handler(vector, error_code): any other exception; the code is 0 where there is none."""
@@ -198,7 +201,28 @@ class VcpuCore:
     def set_coalesced(self, page: int, /) -> None: ...
     def statistics(self) -> dict[str, Any]: ...
 
+class PageMapper:
+    """Page-table entries in tables that are there already, in one call: what most faults need.
+
+    Args: the host address of a struct kvmmm_pt; where files lie, by file, as gpas; entry flags by
+    access bits; the window [gpa, gpa + length) at hva, whose frames may be shot down by
+    MADV_DONTNEED, of length 0 for none.
+    """
+
+    def __init__(
+        self, tables_hva: int, bases: dict[Any, int], flags: tuple[int, ...], gpa: int,
+        length_bytes: int, hva: int, /,
+    ) -> None: ...  # fmt: skip
+    drops: bool
+    n_dontneed: int
+    n_stale_pages: int
+    def map(self, addr: int, length_bytes: int, file: object, fo: int, perms: int, /) -> bool:
+        """Map, and shoot down what that replaced; False: nothing was done."""
+    def take_count(self) -> int:
+        """Pages mapped since the last call."""
+
 V = TypeVar("V")
+W = TypeVar("W")
 
 class SegmentSet(Generic[V]):
     """Ordered set of disjoint half-open segments [start, end), each with a value.
@@ -286,6 +310,22 @@ class SegmentSet(Generic[V]):
 
         Raises:
             RangeError: It is empty, or overlaps a segment; nothing changed.
+        """
+    def move_fit(
+        self,
+        other: SegmentSet[W],
+        value: W,
+        hint: int,
+        length_bytes: int,
+        align_bytes: int,
+        phase_bytes: int,
+        /,
+    ) -> int | None:
+        """Remove a piece of one segment from here, and insert it into `other` with `value`.
+
+        The segment is the one that covers `hint` or the next one; the piece its first that does not
+        begin before `hint`, at an address % align_bytes == phase_bytes. None where it does not fit;
+        other segments are not tried. What an allocator does all the time, in one call.
         """
     def remove(self, start: int, end: int, /) -> list[tuple[int, int, V]]:
         """Remove [start, end), cutting segments across its edges; return what went, in order."""

@@ -48,6 +48,7 @@ class FakeAddressSpace:
         walks_frames: bool = False,
     ) -> None:  # fmt: skip
         self.walks_frames = walks_frames
+        self.map_quickly = None
         self.map_failure: OSError | None = None
         self.fork_failure: OSError | None = None
         self.map_unit_bytes = map_unit_bytes

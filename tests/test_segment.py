@@ -34,8 +34,8 @@ def shuffled(n: int) -> list[int]:
 
 def check_every(step: int, i: int, s: SegmentSet[int], count: int) -> None:
     assert len(s) == count
+    s.check_invariants()
     if i % step == 0:
-        s.check_invariants()
         assert all(value == start + 100_000 for start, _, value in s)
 
 

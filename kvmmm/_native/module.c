@@ -20,7 +20,8 @@ __attribute__((visibility("default"))) PyMODINIT_FUNC PyInit__core(void)
     if (!module)
         return NULL;
     if (py_mapping_register(module) || py_registers_register(module) || py_exit_register(module) ||
-        py_vcpu_register(module) || py_gate_register(module) || py_segment_register(module)) {
+        py_vcpu_register(module) || py_gate_register(module) || py_segment_register(module) ||
+        py_mapper_register(module)) {
         Py_DECREF(module);
         return NULL;
     }

@@ -301,13 +301,28 @@ unsigned kvmmm_pt_unmap(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes)
     return go_unmap(t);
 }
 
-unsigned kvmmm_pt_map(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes, uint64_t gpa, uint64_t flags)
+static bool add_stale(struct kvmmm_pt_stale *stale, uint64_t gpa)
 {
-    if (!(flags & P))
-        return kvmmm_pt_unmap(t, gva, n_bytes);
-    if (!is_in_order(t, gva, n_bytes) || (gpa & 4095) || n_bytes > GPA_LIMIT ||
-        gpa > GPA_LIMIT - n_bytes || (flags & ~LEAF_FLAGS))
-        return KVMMM_PT_INVALID;
+    stale->n_pages++;
+    if (stale->n_runs && stale->runs[stale->n_runs - 1].end == gpa) {
+        stale->runs[stale->n_runs - 1].end += 4096;
+        return true;
+    }
+    if (stale->n_runs == KVMMM_PT_MAX_STALE)
+        return false;
+    stale->runs[stale->n_runs].start = gpa;
+    stale->runs[stale->n_runs++].end = gpa + 4096;
+    return true;
+}
+
+static bool is_map_in_order(const struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes, uint64_t gpa, uint64_t flags)
+{
+    return is_in_order(t, gva, n_bytes) && !(gpa & 4095) && n_bytes <= GPA_LIMIT &&
+           gpa <= GPA_LIMIT - n_bytes && !(flags & ~LEAF_FLAGS) && (flags & P);
+}
+
+static void begin_map(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes, uint64_t gpa, uint64_t flags)
+{
     begin(t, OP_MAP, gva, n_bytes, flags);
     t->used = true;
     t->delta = gpa - gva;
@@ -315,7 +330,46 @@ unsigned kvmmm_pt_map(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes, uint64
     t->fit_level = t->top_level;
     while (t->delta & (span_of(t->fit_level) - 1))
         t->fit_level--;
+}
+
+unsigned kvmmm_pt_map(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes, uint64_t gpa, uint64_t flags)
+{
+    if (!(flags & P))
+        return kvmmm_pt_unmap(t, gva, n_bytes);
+    if (!is_map_in_order(t, gva, n_bytes, gpa, flags))
+        return KVMMM_PT_INVALID;
+    begin_map(t, gva, n_bytes, gpa, flags);
     return go_map(t);
+}
+
+int kvmmm_pt_map_leaves(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes, uint64_t gpa, uint64_t flags,
+                        uint64_t low_gpa, uint64_t high_gpa, struct kvmmm_pt_stale *stale)
+{
+    unsigned level;
+    uint64_t *path[5];
+    if (!is_map_in_order(t, gva, n_bytes, gpa, flags))
+        return -1;
+    begin_map(t, gva, n_bytes, gpa, flags);
+    uint64_t *e = find_entry(t, path, &level), leaf = gpa | flags | ps_of(level);
+    uint64_t n = n_bytes >> shift_of(level);
+    if (level > t->fit_level || !is_whole(t, level) || n << shift_of(level) != n_bytes || n != n_whole(t, level))
+        return -1;
+    stale->n_runs = stale->n_pages = 0;
+    for (uint64_t i = 0, new = leaf; i < n; i++, new += span_of(level)) {
+        uint64_t old = e[i], frame = old & ADDRESS;
+        if (!(old & P))
+            continue;
+        if (level > 1)
+            return -1;
+        /* What keeps its frame and loses no permission may be used on. */
+        if (frame == (new & ADDRESS) && !((old & ~new & W) | (new & ~old & NX)))
+            continue;
+        if (frame < low_gpa || frame >= high_gpa || !add_stale(stale, frame))
+            return -1;
+    }
+    for (uint64_t i = 0; i < n; i++, leaf += span_of(level))
+        store(&e[i], leaf);
+    return 0;
 }
 
 unsigned kvmmm_pt_protect(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes, uint64_t flags)

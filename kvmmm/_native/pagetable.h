@@ -59,6 +59,19 @@ unsigned kvmmm_pt_protect(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes, ui
 /* Go on after a stop. */
 unsigned kvmmm_pt_resume(struct kvmmm_pt *t);
 
+/* Frames that a call made stale, by guest-physical address. */
+enum { KVMMM_PT_MAX_STALE = 16 };
+struct kvmmm_pt_stale {
+    uint32_t n_runs, n_pages;
+    struct { uint64_t start, end; } runs[KVMMM_PT_MAX_STALE];
+};
+
+/* kvmmm_pt_map for leaves that lie side by side in one table that is there already: 0, with @p stale for
+ * the caller to shoot down. Otherwise -1 and nothing is done; also when a large leaf is there, when
+ * a stale frame lies outside [low_gpa, high_gpa), and when those are scattered. */
+int kvmmm_pt_map_leaves(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes, uint64_t gpa, uint64_t flags,
+                        uint64_t low_gpa, uint64_t high_gpa, struct kvmmm_pt_stale *stale);
+
 /* What gva translates to: frame address and effective flags, and the leaf's level in bits 11:9;
  * 0 where nothing is mapped, in fixed slots too. */
 uint64_t kvmmm_pt_lookup(const struct kvmmm_pt *t, uint64_t gva);

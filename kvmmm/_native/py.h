@@ -22,6 +22,9 @@ struct py_vcpu {
     PyObject *io_exit, *mmio_exit; /* reused while nobody else holds them */
     PyObject *on_mmio, *on_cold, *on_console;
     PyObject *on_fault, *on_trap, *on_syscall;
+    PyObject *on_refused, *on_repeated;
+    /* The last #PF, and how often it has come in a row: a sign that nobody makes progress. */
+    uint64_t fault_rip, fault_addr, n_repeats, n_faults;
     PyObject *gate; /* keeps v->gate's memory, or NULL */
     int serving;    /* enum kvmmm_event whose handler runs, 0 outside of handlers */
     bool handler_failed; /* the last run ended by an exception of a handler's */
@@ -37,6 +40,7 @@ int py_registers_register(PyObject *module);
 int py_vcpu_register(PyObject *module);
 int py_gate_register(PyObject *module);
 int py_segment_register(PyObject *module);
+int py_mapper_register(PyObject *module);
 
 /* The typed exit for what kvm_run holds now; a new reference. */
 PyObject *py_io_exit_of(struct py_vcpu *vcpu);

@@ -156,6 +156,7 @@ static PyMethodDef set_methods[] = {
     {"gaps", FAST(gaps, 0), "Iterate over the parts of a range that no segment covers."},
     {"insert", FAST(insert, 0), "Add a segment, merged with its neighbours."},
     {"remove", FAST(remove, 0), "Remove a range; return what went."},
+    {"move_fit", FAST(move_fit, 0), "Move what fits, at the first place, into another set."},
     {"isolate", FAST(isolate, 0), "Cut the segments across two addresses."},
     {"mutate", FAST(mutate, 0), "Change the values in a range, then merge."},
     {"merge_range", FAST(merge_range, 0), "Merge the segments that meet in a range."},

@@ -62,6 +62,7 @@ PyObject *py_segment_isolate(PyObject *op, PyObject *const *args, Py_ssize_t n);
 PyObject *py_segment_mutate(PyObject *op, PyObject *const *args, Py_ssize_t n);
 PyObject *py_segment_merge_range(PyObject *op, PyObject *const *args, Py_ssize_t n);
 PyObject *py_segment_clear(PyObject *op, PyObject *ignored);
+PyObject *py_segment_move_fit(PyObject *op, PyObject *const *args, Py_ssize_t n);
 
 /* The two callbacks, as segments see them (py_segment_callback.c). The set must be busy. */
 

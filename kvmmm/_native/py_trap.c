@@ -5,6 +5,7 @@
 #include "py.h"
 
 enum { VECTOR_PF = 14, PF_WRITE = 1 << 1, PF_RESERVED = 1 << 3, PF_FETCH = 1 << 4 };
+enum { MAX_REPEATS = 64 };
 enum { READ = 1, WRITE = 2, EXECUTE = 4 }; /* kvmmm/hostarch/access.py */
 
 static PyObject *call_with(PyObject *handler, PyObject *one, PyObject *two)
@@ -34,6 +35,38 @@ static PyObject *serve_strange_trap(struct py_vcpu *self, const struct kvmmm_tra
     return result;
 }
 
+/* on_fault raised: on_refused(exception, addr) says what becomes of it, if there is one. */
+static PyObject *refuse(struct py_vcpu *self)
+{
+    PyObject *handler = self->on_refused, *type, *value, *traceback;
+    if (!handler || handler == Py_None || !PyErr_ExceptionMatches(PyExc_OSError))
+        return NULL;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback)
+        PyException_SetTraceback(value, traceback);
+    Py_INCREF(handler);
+    PyObject *result = call_with(handler, value, PyLong_FromUnsignedLongLong(self->fault_addr));
+    Py_DECREF(handler);
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+    return result;
+}
+
+/* Whose turn it is to serve a #PF: on_fault's, or on_repeated's once the same came so often in a row. */
+static PyObject *fault_handler(struct py_vcpu *self, const struct kvmmm_trap *trap)
+{
+    self->n_faults++;
+    if (trap->cr2 != self->fault_addr || trap->rip != self->fault_rip) {
+        self->fault_addr = trap->cr2;
+        self->fault_rip = trap->rip;
+        self->n_repeats = 0;
+    } else if (++self->n_repeats % MAX_REPEATS == 0 && self->on_repeated && self->on_repeated != Py_None) {
+        return self->on_repeated;
+    }
+    return self->on_fault;
+}
+
 PyObject *py_vcpu_serve_trap(struct py_vcpu *self)
 {
     struct kvmmm_trap trap;
@@ -49,10 +82,14 @@ PyObject *py_vcpu_serve_trap(struct py_vcpu *self)
     if (rc)
         return py_raise_ioctl_error("KVM_GET_SREGS", -rc);
     PyObject *result;
+    if (is_fault)
+        handler = fault_handler(self, &trap);
     Py_INCREF(handler);
     if (is_fault) {
         long access = trap.error_code & PF_WRITE ? WRITE : trap.error_code & PF_FETCH ? EXECUTE : READ;
         result = call_with(handler, PyLong_FromUnsignedLongLong(trap.cr2), PyLong_FromLong(access));
+        if (!result)
+            result = refuse(self);
     } else {
         result = call_with(handler, PyLong_FromUnsignedLongLong(trap.vector),
                            PyLong_FromUnsignedLongLong(trap.error_code));

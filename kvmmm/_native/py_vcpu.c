@@ -84,6 +84,8 @@ static int vcpu_clear(PyObject *op)
     Py_CLEAR(self->on_fault);
     Py_CLEAR(self->on_trap);
     Py_CLEAR(self->on_syscall);
+    Py_CLEAR(self->on_refused);
+    Py_CLEAR(self->on_repeated);
     if (self->v)
         self->v->gate = &self->v->own_gate;
     Py_CLEAR(self->gate);
@@ -107,6 +109,8 @@ static int vcpu_traverse(PyObject *op, visitproc visit, void *arg)
     Py_VISIT(self->on_fault);
     Py_VISIT(self->on_trap);
     Py_VISIT(self->on_syscall);
+    Py_VISIT(self->on_refused);
+    Py_VISIT(self->on_repeated);
     Py_VISIT(self->gate);
     for (uint32_t i = 0; self->v && i < self->v->n_ports; i++)
         Py_VISIT((PyObject *)self->v->ports[i].handler);
@@ -308,6 +312,10 @@ static PyMemberDef vcpu_members[] = {
     {"on_cold", T_OBJECT, offsetof(struct py_vcpu, on_cold), 0, "handler(exit_reason)."},
     {"on_console", T_OBJECT, offsetof(struct py_vcpu, on_console), 0, "handler(): drain it."},
     {"on_fault", T_OBJECT, offsetof(struct py_vcpu, on_fault), 0, "handler(addr, access): #PF."},
+    {"on_refused", T_OBJECT, offsetof(struct py_vcpu, on_refused), 0, "handler(error, addr): on_fault raised an OSError."},
+    {"on_repeated", T_OBJECT, offsetof(struct py_vcpu, on_repeated), 0,
+     "handler(addr, access): instead of on_fault, when the same #PF came 64 times in a row."},
+    {"n_faults", T_ULONGLONG, offsetof(struct py_vcpu, n_faults), READONLY, "#PFs so far."},
     {"on_trap", T_OBJECT, offsetof(struct py_vcpu, on_trap), 0, "handler(vector, error_code)."},
     {"on_syscall", T_OBJECT, offsetof(struct py_vcpu, on_syscall), 0, "handler(number); rax."},
     {"handler_failed", T_BOOL, offsetof(struct py_vcpu, handler_failed), READONLY,

@@ -100,33 +100,16 @@ class Frames:
         """
         self._check_request(length_bytes, align_bytes, phase_bytes)
         with self._lock:
-            self._check_open()
-            usage = self._usage
-            if at is None:
-                if reservation is not None:
-                    raise RangeError(reservation.start, reservation.end, "at= must say where in it")
-                find = usage.free.find_fit_down if top_down else usage.free.find_fit
-                start = find(length_bytes, align_bytes, phase_bytes)
-                if start is None:
-                    raise self._exhausted(length_bytes)
-                end = start + length_bytes
-            else:
-                start, end = at, at + length_bytes
-                self._check_range(start, end)
-                if (at - phase_bytes) & (align_bytes - 1):
-                    raise RangeError(
-                        start, end, f"at= is not {phase_bytes:#x} mod {align_bytes:#x}"
-                    )
-                if reservation is None and not usage.free.covers(start, end):
-                    raise self._exhausted(length_bytes)
-            if self._junk is not None:
-                self._punch_junk(start, end)
-            if reservation is None:
-                usage.take(start, end)
-            elif not usage.take_reserved(reservation, start, end):
-                raise self._exhausted(length_bytes)
+            if self.fd < 0:
+                self._check_open()
+            fo = None
+            if at is None and reservation is None and not top_down and self._junk is None:
+                fo = self._usage.take_fit(length_bytes, align_bytes, phase_bytes)
+            if fo is None:
+                fo = self._place(length_bytes, align_bytes, phase_bytes, at, reservation, top_down)
+                self._take(fo, fo + length_bytes, reservation)
             self._allocation_count += 1
-        return FileRange(start, end)
+        return FileRange(fo, fo + length_bytes)
 
     def reserve(
         self, length_bytes: int, *, align_bytes: int = PAGE_BYTES, phase_bytes: int = 0
@@ -196,6 +179,8 @@ class Frames:
         with self._lock:
             self._check_open()
             self._check_range(fr.start, fr.end)
+            if self._usage.drop_shared(fr.start, fr.end):
+                return
             unused = self._usage.last_references(fr.start, fr.end)
             for start, end in unused:
                 if self._junk is None:
@@ -210,6 +195,16 @@ class Frames:
         """Return the references on the page that holds file offset `fo`; 0 when it is unused."""
         with self._lock:
             return self._usage.ref_count(fo)
+
+    def ref_counts(self, fr: FileRange) -> list[tuple[int, int, int]]:
+        """Return (start, end, references) of the parts of `fr` that have any, in order.
+
+        Raises:
+            RangeError: Unaligned, empty or outside the arena.
+        """
+        with self._lock:
+            self._check_range(fr.start, fr.end)
+            return self._usage.ref_counts(fr.start, fr.end)
 
     def first_shared(self, fr: FileRange) -> int | None:
         """Return the offset of the first page of `fr` that has several references; None: none.
@@ -248,12 +243,48 @@ class Frames:
 
     @staticmethod
     def _check_request(length_bytes: int, align_bytes: int, phase_bytes: int) -> None:
+        if (
+            length_bytes > 0
+            and not (length_bytes | phase_bytes | align_bytes) & PAGE_MASK
+            and align_bytes > 0
+            and not align_bytes & (align_bytes - 1)
+        ):
+            return
         if length_bytes <= 0 or length_bytes & PAGE_MASK:
             raise RangeError(0, length_bytes, "a length is a multiple of 4 KiB above zero")
-        if align_bytes < PAGE_BYTES or align_bytes & (align_bytes - 1):
-            raise RangeError(0, length_bytes, f"{align_bytes:#x} is no alignment for pages")
         if phase_bytes & PAGE_MASK:
             raise RangeError(0, length_bytes, f"phase {phase_bytes:#x} is no multiple of 4 KiB")
+        raise RangeError(0, length_bytes, f"{align_bytes:#x} is no alignment for pages")
+
+    def _place(
+        self, length_bytes: int, align_bytes: int, phase_bytes: int, at: int | None,
+        reservation: Reservation | None, top_down: bool,
+    ) -> int:  # fmt: skip
+        # Where an allocation is to begin; nothing is taken yet.
+        free = self._usage.free
+        if at is None:
+            if reservation is not None:
+                raise RangeError(reservation.start, reservation.end, "at= must say where in it")
+            find = free.find_fit_down if top_down else free.find_fit
+            fo = find(length_bytes, align_bytes, phase_bytes)
+            if fo is None:
+                raise self._exhausted(length_bytes)
+            return fo
+        end = at + length_bytes
+        self._check_range(at, end)
+        if (at - phase_bytes) & (align_bytes - 1):
+            raise RangeError(at, end, f"at= is not {phase_bytes:#x} mod {align_bytes:#x}")
+        if reservation is None and not free.covers(at, end):
+            raise self._exhausted(length_bytes)
+        return at
+
+    def _take(self, start: int, end: int, reservation: Reservation | None) -> None:
+        if self._junk is not None:
+            self._punch_junk(start, end)
+        if reservation is None:
+            self._usage.take(start, end)
+        elif not self._usage.take_reserved(reservation, start, end):
+            raise self._exhausted(end - start)
 
     def _check_range(self, start: int, end: int) -> None:
         if (start | end) & PAGE_MASK or not 0 <= start < end <= self.capacity_bytes:

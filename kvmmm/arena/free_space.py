@@ -16,17 +16,17 @@ class FreeSpace:
 
     Attributes:
         ranges: The free ranges, merged.
+        hints: Where to look first, by (length, alignment); see `find_fit`.
     """
 
-    __slots__ = ("_capacity_bytes", "_hints", "_hints_down", "ranges")
+    __slots__ = ("_capacity_bytes", "_hints_down", "hints", "ranges")
 
     def __init__(self, start: int, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
         self.ranges: SegmentSet[bool] = SegmentSet(SegmentSet.merge_equal)
         if start < capacity_bytes:
             self.ranges.insert(start, capacity_bytes, True)
-        # (length, alignment) -> where to look first. See find_fit.
-        self._hints: dict[tuple[int, int], int] = {}
+        self.hints: dict[tuple[int, int], int] = {}
         self._hints_down: dict[tuple[int, int], int] = {}
 
     @property
@@ -44,9 +44,9 @@ class FreeSpace:
         self.ranges.insert(start, end, True)
         # A piece shorter than its alignment may want another phase than what was freed here: going
         # back for each would pass all the holes between again.
-        for key, hint in self._hints.items():
+        for key, hint in self.hints.items():
             if start < hint and key[0] >= key[1]:
-                self._hints[key] = start
+                self.hints[key] = start
         for key, hint in self._hints_down.items():
             if hint < end and key[0] >= key[1]:
                 self._hints_down[key] = end
@@ -61,15 +61,15 @@ class FreeSpace:
         Lowest but for the hints: something that fits may have been passed over before.
         """
         key = (length_bytes, align_bytes)
-        hint = self._hints.get(key, 0)
-        fo = self._search(hint, self._capacity_bytes, length_bytes, align_bytes, phase_bytes)
-        if fo is None and hint:
-            fo = self._search(0, hint, length_bytes, align_bytes, phase_bytes)
-        if fo is not None:
-            if len(self._hints) >= _HINTS_MAX:
-                self._hints.clear()
-            self._hints[key] = fo + length_bytes
-        return fo
+        hint = self.hints.get(key, 0)
+        found = self._search(hint, self._capacity_bytes, length_bytes, align_bytes, phase_bytes)
+        if found is None and hint:
+            found = self._search(0, hint, length_bytes, align_bytes, phase_bytes)
+        if found is not None:
+            if len(self.hints) >= _HINTS_MAX:
+                self.hints.clear()
+            self.hints[key] = found + length_bytes
+        return found
 
     def find_fit_down(self, length_bytes: int, align_bytes: int, phase_bytes: int) -> int | None:
         """Return the highest such fo, in the same sense."""

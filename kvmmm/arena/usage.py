@@ -97,6 +97,31 @@ class PageUsage:
         """Return the references on the page at `fo`; 0 when it is not used."""
         return self._references.find_value(fo) or 0
 
+    def ref_counts(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Return (start, end, references) of the parts of [start, end) that are used, in order."""
+        return [
+            (max(s, start), min(e, end), count)
+            for s, e, count in self._references.segments(start, end)
+        ]
+
+    def take_fit(self, length_bytes: int, align_bytes: int, phase_bytes: int) -> int | None:
+        """Turn free pages into used ones where the last search says; None: look for others.
+
+        The usual case of `find_fit` and `take`, in one call of C.
+        """
+        hints = self.free.hints
+        key = (length_bytes, align_bytes)
+        hint = hints.get(key)
+        if hint is None:
+            return None
+        fo = self.free.ranges.move_fit(
+            self._references, 1, hint, length_bytes, align_bytes, phase_bytes
+        )
+        if fo is not None:
+            hints[key] = fo + length_bytes
+            self._count_used(length_bytes)
+        return fo
+
     def take(self, start: int, end: int) -> None:
         """Turn [start, end), all free, into used pages with one reference."""
         self.free.ranges.remove(start, end)
@@ -123,8 +148,8 @@ class PageUsage:
         return True
 
     def _count_used(self, length_bytes: int) -> None:
-        self.used_bytes += length_bytes
-        self.peak_used_bytes = max(self.peak_used_bytes, self.used_bytes)
+        used_bytes = self.used_bytes = self.used_bytes + length_bytes
+        self.peak_used_bytes = max(self.peak_used_bytes, used_bytes)
 
     def reserve(self, start: int, end: int) -> Reservation:
         """Take [start, end), all free, out of the free pages for one owner."""
@@ -189,6 +214,18 @@ class PageUsage:
             for s, e, count in self._references.segments(start, end)
             if count == 1
         ]
+
+    def drop_shared(self, start: int, end: int) -> bool:
+        """Drop one reference of each page of [start, end) if all have equally many, and several.
+
+        The usual case after a copy on write: nothing becomes unused.
+        """
+        segment = self._references.find(start)
+        if segment is None or segment[2] < 2 or segment[1] < end:
+            return False
+        self._references.remove(start, end)
+        self._references.insert(start, end, segment[2] - 1)
+        return True
 
     def drop_reference(self, start: int, end: int) -> None:
         """Drop one reference of each page of [start, end), all used."""

@@ -39,6 +39,7 @@ class _NoCpu:
 
     map_unit_bytes = 0
     walks_frames = False
+    map_quickly = None
     min_window_bytes = 2 << 20
 
     def __init__(self, max_addr: int) -> None:

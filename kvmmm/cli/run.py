@@ -6,6 +6,7 @@ from typing import IO
 
 import click
 
+from kvmmm.cli.maps_file import MapsFile, MapsPath
 from kvmmm.cli.parameter import ADDRESS, DURATION, ENVIRONMENT, SIZE
 from kvmmm.errors import EXIT_CODES
 
@@ -30,6 +31,7 @@ Examples:
   kvmmm run touch --stats                  a bundled guest, and what demand paging did
   kvmmm run kernel.elf --timeout 10s -- quiet root=none
   kvmmm run boot.bin --base 0x100000 --rwx
+  kvmmm run touch --maps touch.svg         a picture of its memory when it is over
   echo hello | kvmmm run echo
   kvmmm run --user a.out --env HOME=/ -- one two
 """
@@ -85,10 +87,16 @@ Examples:
     "--json", "json_file", type=click.File("w", lazy=False), metavar="FILE",
     help="Write the outcome and all counts to FILE.",
 )  # fmt: skip
+@click.option(
+    "--maps", "maps_file", type=MapsPath(), metavar="FILE",
+    help="When it is over, show what is mapped, what of it is resident and whose, and where faults "
+    "fell: FILE.svg is a picture, FILE.html has tables as well, FILE.txt is text as in "
+    "/proc/PID/status, maps and smaps, and - is a table on stderr.",
+)  # fmt: skip
 def run(
     image: str, args: tuple[str, ...], memory: int | None, arena: int | None, timeout: int | None,
     base: int | None, rwx: bool, user: bool | None, env: tuple[tuple[str, str], ...],
-    no_input: bool, stats: bool, json_file: IO[str] | None,
+    no_input: bool, stats: bool, json_file: IO[str] | None, maps_file: MapsFile | None,
 ) -> int:  # fmt: skip
     """Run a guest: a static x86-64 ELF, a flat binary with --base, or a bundled guest by NAME.
 
@@ -106,4 +114,5 @@ def run(
         has_input=not no_input,
         shows_stats=stats,
         json_file=json_file,
+        maps_file=maps_file,
     )

@@ -10,7 +10,7 @@ import click
 
 from kvmmm.cli.terminal import ConsoleOutput, Interruption, input_descriptor, output_descriptor
 from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, align_up
-from kvmmm.hostarch.units import parse_bytes
+from kvmmm.hostarch.units import format_bytes, parse_bytes
 from kvmmm.vmm import bundled, result
 from kvmmm.vmm.image import Image, read_image
 from kvmmm.vmm.microvm import DEFAULT_MEMORY, MicroVM
@@ -19,6 +19,7 @@ from kvmmm.vmm.result import RunResult
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from kvmmm.cli.maps_file import MapsFile
     from kvmmm.vmm.machine import Machine
     from kvmmm.vmm.user_image import UserImage
 
@@ -36,6 +37,12 @@ class Session(ABC):
         self.image = image
         self.memory_bytes = memory_bytes
         self.args = args
+        self.title = os.path.basename(image.path)  # noqa: PTH119 - a name, not a path
+
+    @property
+    @abstractmethod
+    def about(self) -> str:
+        """What it is, for whoever looks at its maps."""
 
     @abstractmethod
     def _make_vm(self, output: ConsoleOutput, *, has_input: bool) -> Machine:
@@ -43,18 +50,17 @@ class Session(ABC):
 
     def run(
         self, *, timeout_ns: int | None, has_input: bool, shows_stats: bool,
-        json_file: IO[str] | None,
+        json_file: IO[str] | None, maps_file: MapsFile | None = None,
     ) -> int:  # fmt: skip
         """Run it, say how it went, and return the exit code."""
         output = ConsoleOutput(output_descriptor())
         with self._make_vm(output, has_input=has_input) as vm:
             vm.vcpu.timed = shows_stats or json_file is not None
-            with Interruption(vm.stop, output.give_up) as interruption:
-                run_result = _run(vm, timeout_ns)
+            run_result, signal_name = self._run_watched(vm, output, timeout_ns, maps_file)
             if run_result.stats is None:  # after Ctrl-C
                 run_result.defer_stats(vm.statistics)
                 run_result.settle()
-        if output.is_terminal and (output.is_mid_line or interruption.signal_name == "SIGINT"):
+        if output.is_terminal and (output.is_mid_line or signal_name == "SIGINT"):
             click.echo(err=True)  # our first line must not continue the guest's last, or ^C
         if run_result.report:
             click.echo(run_result.report.rstrip("\n"), err=True)
@@ -64,8 +70,28 @@ class Session(ABC):
             show_statistics(run_result.stats or vm.statistics())
         if json_file is not None:
             _write_json(json_file, self, run_result)
-        click.echo(f"{_name(run_result)} {verdict(run_result, interruption.signal_name)}", err=True)
+        end = verdict(run_result, signal_name)
+        if maps_file is not None:
+            maps_file.write(self.title, self.about, end, is_good=run_result.exit_code == 0)
+        click.echo(f"{_name(run_result)} {end}", err=True)
         return run_result.exit_code
+
+    def _run_watched(
+        self, vm: Machine, output: ConsoleOutput, timeout_ns: int | None, maps_file: MapsFile | None
+    ) -> tuple[RunResult, str]:
+        # What came of it, and which signal ended it.
+        if maps_file is not None:
+            maps_file.watch(vm)
+        try:
+            with Interruption(vm.stop, output.give_up) as interruption:
+                run_result = _run(vm, timeout_ns)
+        except Exception as e:
+            if maps_file is not None:
+                maps_file.write_after(e, vm, self.title, self.about)
+            raise
+        if maps_file is not None:
+            maps_file.look(vm, run_result)
+        return run_result, interruption.signal_name
 
 
 class KernelSession(Session):
@@ -85,6 +111,12 @@ class KernelSession(Session):
         super().__init__(image, memory_bytes, args)
         self.arena = arena
         self.rwx = rwx
+
+    @property
+    def about(self) -> str:
+        """See the base class."""
+        memory = format_bytes(self.memory_bytes)
+        return f"a guest kernel in {memory} of memory; addresses are guest-physical"
 
     def _make_vm(self, output: ConsoleOutput, *, has_input: bool) -> Machine:
         vm = MicroVM(
@@ -118,6 +150,12 @@ class UserSession(Session):
         self.user_image = image
         self.name = name
         self.env = env
+
+    @property
+    def about(self) -> str:
+        """See the base class."""
+        memory = format_bytes(self.memory_bytes)
+        return f"a program for Linux in ring 3, in at most {memory}; addresses are its own"
 
     def _make_vm(self, output: ConsoleOutput, *, has_input: bool) -> Machine:  # noqa: ARG002
         from kvmmm.vmm.user_vm import UserVM

@@ -25,11 +25,14 @@ from kvmmm.doctor.code import (
 )
 from kvmmm.doctor.finding import Check, Finding, differs, missing, ok
 from kvmmm.doctor.lab import Lab
+from kvmmm.errors import KvmmmError
 from kvmmm.hostarch.access import READ
 from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES
 from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.pagetables.pte import flags_of
 from kvmmm.platform.kvm.boot import RFLAGS_RESERVED
+from kvmmm.platform.kvm.device import open_device
+from kvmmm.platform.kvm.shootdown_trial import proven_on
 from kvmmm.platform.kvm.vm import Vm
 from kvmmm.safemem.ffi import ffi, lib
 
@@ -185,6 +188,23 @@ def _shootdown(after_edit: AfterEdit) -> Finding:
     return ok(f"{_ROUNDS} of {_ROUNDS} old translations gone")
 
 
+def _running() -> Finding:
+    try:
+        proven = proven_on(open_device())
+    except KvmmmError as e:
+        return missing(str(e), "guest kernels run here, programs in ring 3 do not: report this KVM")
+    works = {
+        "madvise": (proven.dontneed, "a small unmap drops everything, as a large one does"),
+        "dummy memslot": (proven.zap, "a large unmap stops every vCPU and replaces its memslots"),
+    }
+    names = [name for name, (is_proven, _) in works.items() if is_proven]
+    fact = f"{', '.join([*names, 'new root'])}: the guest saw each change at once"
+    slower = [what for is_proven, what in works.values() if not is_proven]
+    if slower:
+        return differs(fact, f"slower, not wrong: {'; '.join(slower)}", value=repr(proven))
+    return ok(fact, value=repr(proven))
+
+
 def _removal() -> Finding:
     def script(lab: Lab) -> Script:
         mm = lab.vm.mm
@@ -229,4 +249,5 @@ CHECKS = (
         "shootdown_memslot", "shootdown by dummy memslot", lambda: _shootdown(_dummy_slot),
         is_needed=False,
     ),
+    Check("shootdown_running", "shootdowns, running vCPU", _running, is_needed=False),
 )  # fmt: skip

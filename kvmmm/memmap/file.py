@@ -40,6 +40,9 @@ class File(Protocol):
     def ref_count(self, fo: int) -> int:
         """Return the references on the page that holds file offset `fo`."""
 
+    def ref_counts(self, fr: FileRange) -> list[tuple[int, int, int]]:
+        """Return (start, end, references) of the parts of `fr` that have any, in order."""
+
     def view_of(self, fr: FileRange) -> memoryview:
         """Return the bytes of `fr`; writable unless the file is read-only.
 

@@ -119,6 +119,11 @@ class LinearFile:
         with self._lock:
             return self._references.count(fo)
 
+    def ref_counts(self, fr: FileRange) -> list[tuple[int, int, int]]:
+        """Return (start, end, references) of the parts of `fr` that have any, in order."""
+        with self._lock:
+            return self._references.runs(fr.start, fr.end)
+
     def view_of(self, fr: FileRange) -> memoryview:
         """Return the bytes of `fr`, for system calls only: touching them may be a SIGBUS.
 

@@ -26,6 +26,12 @@ class ReferenceCounts:
         """Return the references on the page at `fo`."""
         return self._counts.find_value(fo) or 0
 
+    def runs(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Return (start, end, count) of the parts of [start, end) that have any, in order."""
+        return [
+            (max(s, start), min(e, end), count) for s, e, count in self._counts.segments(start, end)
+        ]
+
     def add(self, start: int, end: int) -> None:
         """Add one to each page of [start, end)."""
         counts = self._counts

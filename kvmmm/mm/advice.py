@@ -123,7 +123,7 @@ def mincore(mm: MemoryManager, addr: int, length_bytes: int) -> bytes:
     if addr & PAGE_MASK or addr < 0:
         raise MmError(errno.EINVAL, "mincore", addr, "the address is not page aligned")
     length = page_up(length_bytes)
-    if length < 0 or addr + length >= ADDRESS_LIMIT:
+    if length_bytes < 0 or addr + length >= ADDRESS_LIMIT:
         raise MmError(errno.ENOMEM, "mincore", addr, f"{length_bytes:#x} bytes are too many")
     with mm.mapping_lock:
         _require_no_hole_locked(mm, "mincore", addr, addr + length)

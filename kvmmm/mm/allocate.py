@@ -1,11 +1,11 @@
 """Fresh frames for private anonymous memory: how many around a fault, and where in the arena."""
 
+# ruff: noqa: PLR1730 - a call of min() costs more than an if, right after an exit
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from kvmmm.errors import ArenaExhaustedError
-from kvmmm.hostarch.access import effective
 from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES, align_down, align_up
 from kvmmm.mm.pma import Pma
 
@@ -56,28 +56,37 @@ def allocate_locked(
     Source:
         gVisor mm.getPMAsInternalLocked, the allocation of private anonymous memory.
     """
+    # Cold, after an exit: hence plain arithmetic, and no calls that can be done without.
     vma_start, vma_end, vma = vma_segment
-    gap_start, gap_end = mm.pmas.find_gap(addr) or (vma_start, vma_end)
-    gap_start, gap_end = max(gap_start, vma_start), min(gap_end, vma_end)
+    pmas = mm.pmas
+    gap_start, gap_end = pmas.find_gap(addr) or (vma_start, vma_end)
+    if gap_start < vma_start:
+        gap_start = vma_start
+    if gap_end > vma_end:
+        gap_end = vma_end
     if exact:
-        start, stop = gap_start, gap_end = addr, min(end, gap_end)
+        gap_start = addr
+        if gap_end > end:
+            gap_end = end
+        start, stop = gap_start, gap_end
     else:
         least_bytes = mm.address_space.min_window_bytes
         start, stop = mm.window.place(addr, (gap_start, gap_end), vma_end - vma_start, least_bytes)
         if stop < end:
             stop = min(align_up(end, HUGE_PAGE_BYTES), gap_end)
-    top_down = allocation_direction(mm, addr)
-    mm.last_fault = addr
+    last, mm.last_fault = mm.last_fault, addr
+    top_down = addr < last if last and last != addr else mm.layout.top_down
     try:
         fr = frames_for(mm, start, stop - start, top_down=top_down)
     except ArenaExhaustedError:
         start, fr = _allocate_less_locked(mm, addr, gap_start, gap_end, top_down=top_down)
         stop = start + fr.length_bytes
-    pmas = mm.pmas
-    pma = Pma(mm.arena, fr.start - start, vma.effective_perms, effective(vma.max_perms))
+    pma = Pma(mm.arena, fr.start - start, vma.effective_perms, vma.effective_max_perms)
     pmas.insert(start, stop, pma)
     mm.counters.allocated_bytes += stop - start
-    mm.max_rss_bytes = max(mm.max_rss_bytes, pmas.span_bytes)
+    if mm.max_rss_bytes < (rss_bytes := pmas.span_bytes):
+        mm.max_rss_bytes = rss_bytes
+    # Whole, if it was merged with neighbours.
     return pmas.find(addr) or (start, stop, pma)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmmm.errors import ArenaExhaustedError, GuestBusError, GuestFaultError
-from kvmmm.hostarch.access import READ, WRITE, effective
+from kvmmm.hostarch.access import READ, WRITE
 from kvmmm.hostarch.ranges import FileRange
 from kvmmm.mm import cow
 from kvmmm.mm.allocate import allocate_locked
@@ -183,7 +183,7 @@ def protect_locked(mm: MemoryManager, start: int, end: int, removal: Removal) ->
 
 
 def _under_rules_of(vma: Vma, removal: Removal) -> Callable[[int, int, Pma], Pma]:
-    perms, max_perms = vma.effective_perms, effective(vma.max_perms)
+    perms, max_perms = vma.effective_perms, vma.effective_max_perms
 
     def change(start: int, end: int, pma: Pma) -> Pma:
         new = pma.allowing(perms, max_perms, need_cow=pma.need_cow)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmmm.errors import ArenaExhaustedError, GuestBusError
-from kvmmm.hostarch.access import EXECUTE, effective
+from kvmmm.hostarch.access import EXECUTE
 from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES, align_down, align_up
 from kvmmm.mm.pma import Pma
 
@@ -58,7 +58,8 @@ def break_locked(
     start, stop = _window(addr, end, vma)
     start, stop = max(start, pma_start, vma_start), min(stop, pma_end, vma_end)
     # Of a shared pma a window may be ours alone: a relative has copied it, or is gone.
-    if pma.private and mm.arena.has_unique_ref(pma.file_range(start, stop)):
+    is_part = stop - start < pma_end - pma_start
+    if is_part and pma.private and mm.arena.has_unique_ref(pma.file_range(start, stop)):
         _own_locked(mm, start, stop)
         return
     start, fr = _copy(mm, addr, start, stop, pma)
@@ -84,7 +85,7 @@ def _own_locked(mm: MemoryManager, start: int, end: int) -> None:
 
 
 def _owned_in(vma: Vma) -> Callable[[int, int, Pma], Pma]:
-    perms, max_perms = vma.effective_perms, effective(vma.max_perms)
+    perms, max_perms = vma.effective_perms, vma.effective_max_perms
     return lambda _start, _end, pma: pma.allowing(perms, max_perms, need_cow=False)
 
 
@@ -116,7 +117,7 @@ def _replace_locked(
         removal.drop(piece_start, piece_end, pma)
     mm.pmas.insert(
         start, stop,
-        Pma(mm.arena, fr.start - start, vma.effective_perms, effective(vma.max_perms)),
+        Pma(mm.arena, fr.start - start, vma.effective_perms, vma.effective_max_perms),
     )  # fmt: skip
     mm.counters.allocated_bytes += stop - start
     mm.counters.copied_bytes += stop - start

@@ -1,4 +1,4 @@
-"""What a person or a test wants to see of a memory manager."""
+"""Whether a memory manager is whole: its invariants, for tests and with KVMMM_DEBUG=1."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmmm.hostarch.access import READ, WRITE, access_str, effective
+from kvmmm.hostarch.access import READ, WRITE, effective
 from kvmmm.hostarch.addr import PAGE_BYTES, PAGE_MASK
 
 if TYPE_CHECKING:
@@ -26,20 +26,6 @@ ENABLED = os.environ.get("KVMMM_DEBUG", "") not in ("", "0")
 """Whether invariants are checked after every operation; decided when this is imported."""
 
 _READ_ALL_MAX_PAGES = 512
-
-
-def maps(mm: MemoryManager) -> str:
-    """Return the vmas as /proc/<pid>/maps shows them, with the KiB that are backed."""
-    lines = []
-    with mm.mapping_lock, mm.active_lock:
-        for start, end, vma in mm.vmas:
-            backed = sum(
-                min(pma_end, end) - max(pma_start, start)
-                for pma_start, pma_end, _ in mm.pmas.segments(start, end)
-            )
-            perms = access_str(vma.perms) + ("p" if vma.private else "s")
-            lines.append(f"{start:012x}-{end:012x} {perms} {backed >> 10:>10} KiB  {vma.name}")
-    return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def checked_after(*names: str) -> Callable[[Manager], Manager]:

@@ -1,5 +1,6 @@
 """The straight line: fault → vma → pma → address space."""
 
+# ruff: noqa: PLR1730 - a call of min() costs more than an if, right after an exit
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -8,8 +9,9 @@ from kvmmm.errors import GuestBusError, GuestFaultError
 from kvmmm.hostarch.access import EXECUTE, WRITE
 from kvmmm.hostarch.addr import PAGE_BYTES
 from kvmmm.hostarch.ranges import FileRange
-from kvmmm.mm import backing
+from kvmmm.mm import backing, cow
 from kvmmm.mm.allocate import allocate_locked
+from kvmmm.mm.pma import Removal
 
 if TYPE_CHECKING:
     from kvmmm.mm.manager import MemoryManager
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from kvmmm.mm.vma import Vma
 
 
-def handle_user_fault(mm: MemoryManager, addr: int, access: int) -> None:
+def handle_user_fault(  # noqa: C901, PLR0912 - one straight line: each call costs 0.5 us here
+    mm: MemoryManager, addr: int, access: int
+) -> None:
     """Serve a guest's fault: when this returns, `access` to the page of `addr` can succeed.
 
     A spurious fault (the page is there already) is harmless. It runs right after an exit, with cold
@@ -48,50 +52,75 @@ def handle_user_fault(mm: MemoryManager, addr: int, access: int) -> None:
         else:
             counters.reads += 1
         counters.vma_lookups += 1
+        if mm.fault_log is not None:
+            mm.fault_log.note(addr, access)
         segment = mm.vmas.find(addr)
         if segment is None or access & ~segment[2].effective_perms:
             counters.refused += 1
             raise GuestFaultError(addr, access, mapped=segment is not None)
+        removal = None
         found = mm.pmas.find(addr)
         if found is not None and not access & ~found[2].effective_perms:
             counters.pma_hits += 1
         else:
-            found = _back_locked(mm, addr, access, segment, is_missing=found is None)
+            found, removal = _back_locked(mm, addr, access, segment, found)
         start, end, pma = found
         space = mm.address_space
         if unit_bytes := space.map_unit_bytes:
             unit = addr & -unit_bytes
-            start = max(start, unit)
-            end = min(end, unit + unit_bytes)
-        delta = pma.delta
-        fr = FileRange(start + delta, end + delta)
-        space.map_file(start, pma.file, fr, pma.effective_perms)
+            if start < unit:
+                start = unit
+            if unit + unit_bytes < end:
+                end = unit + unit_bytes
+        fo = start + pma.delta
+        quickly = space.map_quickly
+        if quickly is None or not quickly(start, end - start, pma.file, fo, pma.effective_perms):
+            if removal is not None:
+                removal.run(mm)
+            fr = FileRange(fo, fo + end - start)
+            space.map_file(start, pma.file, fr, pma.effective_perms)
+        elif removal is not None:
+            removal.replaced(start, end)
+            removal.run(mm)
 
 
 def _back_locked(
-    mm: MemoryManager, addr: int, access: int, segment: tuple[int, int, Vma], *, is_missing: bool
-) -> tuple[int, int, Pma]:
-    # The cold branch: frames are allocated, translated, or copied.
+    mm: MemoryManager, addr: int, access: int, segment: tuple[int, int, Vma],
+    found: tuple[int, int, Pma] | None,
+) -> tuple[tuple[int, int, Pma], Removal | None]:  # fmt: skip
+    # The cold branch: frames are allocated, translated, or copied. The removal, if there is one, is
+    # to be run once the new frames are mapped: what they replace is shot down by that.
     page = addr & -PAGE_BYTES
+    removal = None
     try:
-        if is_missing and segment[2].mappable is None:
-            # The usual case, without asking for more reasons than one.
+        # The usual cases, without asking for more reasons than one.
+        if found is None and segment[2].mappable is None:
             found = allocate_locked(mm, page, page + PAGE_BYTES, segment, exact=False)
+        elif found is not None and found[2].need_cow and access & WRITE:
+            removal = Removal()
+            cow.break_locked(mm, page, page + PAGE_BYTES, segment, access, removal)
+            found = _pma_at(mm, page)
         else:
             _, error = backing.get_pmas_locked(mm, page, page + PAGE_BYTES, access)
-            if isinstance(error, GuestBusError):
-                # The address, as the guest had it, not the page.
-                raise GuestBusError(addr, access)
             if error is not None:
                 raise error
-            there = mm.pmas.find(page)
-            if there is None:
-                raise AssertionError(f"no pma at {page:#x}")
-            found = there
-    except OSError:
+            found = _pma_at(mm, page)
+    except OSError as error:
+        if removal is not None:
+            removal.run(mm)
         mm.counters.refused += 1
+        if isinstance(error, GuestBusError):
+            # The address, as the guest had it, not the page.
+            raise GuestBusError(addr, access) from None
         raise
     mm.counters.pma_insertions += 1
+    return found, removal
+
+
+def _pma_at(mm: MemoryManager, page: int) -> tuple[int, int, Pma]:
+    found = mm.pmas.find(page)
+    if found is None:
+        raise AssertionError(f"no pma at {page:#x}")
     return found
 
 

@@ -21,6 +21,7 @@ from kvmmm.hostarch.addr import ADDRESS_LIMIT, HUGE_PAGE_BYTES, PAGE_BYTES, alig
 from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.mm.allocate import frames_for
 from kvmmm.mm.backing import invalidate_locked
+from kvmmm.mm.fault_log import FaultLog
 from kvmmm.mm.pma import Pma, Removal
 from kvmmm.mm.vma import LOCK_NONE, insert_locked
 
@@ -59,6 +60,8 @@ def fork(
         mm.arena, address_space, reservation,
         layout=mm.layout, limits=copy.copy(mm.limits), eager_bytes=mm.eager_bytes,
     )  # fmt: skip
+    if mm.fault_log is not None:
+        child.fault_log = FaultLog(mm.fault_log.max_counts)
     # Mappables know the child from here on, and may tell it to forget what it does not have yet.
     child.captured = []
     with mm.mapping_lock:

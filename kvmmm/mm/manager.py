@@ -16,6 +16,7 @@ from kvmmm.mm import (
     loading,
     lock,
     mapping,
+    maps,
     naming,
     pin,
     pma,
@@ -31,6 +32,7 @@ from kvmmm.mm.window import Home, Window
 if TYPE_CHECKING:
     from kvmmm.arena import Arena, Reservation
     from kvmmm.hostarch.ranges import AddrRange
+    from kvmmm.mm.fault_log import FaultLog
     from kvmmm.platform.base import AddressSpace
 
 
@@ -95,9 +97,9 @@ class MemoryManager:
 
     __slots__ = (
         "active_lock", "address_space", "arena", "brk_end", "brk_start", "captured", "counters",
-        "data_bytes", "eager_bytes", "generation", "home", "last_fault", "layout", "limits",
-        "lock_mode", "locked_bytes", "mapping_lock", "max_addr", "max_rss_bytes", "pins", "pmas",
-        "unmapped", "vmas", "window",
+        "data_bytes", "eager_bytes", "fault_log", "generation", "home", "last_fault", "layout",
+        "limits", "lock_mode", "locked_bytes", "mapping_lock", "max_addr", "max_rss_bytes", "pins",
+        "pmas", "unmapped", "vmas", "window",
     )  # fmt: skip
 
     def __init__(
@@ -126,6 +128,8 @@ class MemoryManager:
         self.last_fault = 0
         self.max_rss_bytes = 0
         self.counters = Counters()
+        # Where faults fell, for whoever wants to know; None notes nothing. The same.
+        self.fault_log: FaultLog | None = None
         # Ranges that copies have backed and no fault has mapped yet. The same.
         self.unmapped: list[tuple[int, int]] = []
         # Who holds frames beyond this mm's translations. The same.
@@ -165,7 +169,9 @@ class MemoryManager:
     write = io.write
     zero_out = io.zero_out
 
-    maps = debug.maps
+    smaps = maps.smaps
+    status = maps.status
+    maps = maps.maps
     check_invariants = debug.check_invariants
 
     @property

@@ -120,12 +120,13 @@ def _search_locked(
         following = mm.vmas.lower_bound(found)
         if following is None or not following[2].grows_down:
             return found
-        # The gap ends earlier than the set of vmas knows.
+        # The gap ends earlier than the set of vmas knows, perhaps before it begins.
         gap_end = following[0] - GUARD_BYTES
         if found + length_bytes <= gap_end:
             return found
         if top_down:
-            end = gap_end
+            gap = mm.vmas.find_gap(found)
+            end = max(gap_end, gap[0]) if gap is not None else gap_end
         else:
             start = following[1]
     return None

@@ -123,6 +123,10 @@ class Removal:
         """Drop the reference of the pma that was at [start, end)."""
         self.drops.append((pma.file, pma.file_range(start, end)))
 
+    def replaced(self, start: int, end: int) -> None:
+        """Note that `map_file` has put something else into all of [start, end)."""
+        self.ranges = [ar for ar in self.ranges if not start <= ar.start <= ar.end <= end]
+
     def run(self, mm: MemoryManager) -> None:
         """Do it.
 

@@ -57,11 +57,11 @@ def mremap(
     """
     if old_addr & PAGE_MASK or old_addr < 0:
         raise MmError(errno.EINVAL, "mremap", old_addr, "the address is not page aligned")
-    old_bytes, new_bytes = page_up(old_bytes), page_up(new_bytes)
-    if not 0 < new_bytes < ADDRESS_LIMIT:
+    if not 0 < page_up(new_bytes) < ADDRESS_LIMIT:
         raise MmError(errno.EINVAL, "mremap", old_addr, f"no mapping has {new_bytes:#x} bytes")
-    if not 0 <= old_bytes < ADDRESS_LIMIT - old_addr:
+    if old_bytes < 0 or page_up(old_bytes) >= ADDRESS_LIMIT - old_addr:
         raise MmError(errno.EINVAL, "mremap", old_addr, f"{old_bytes:#x} bytes wrap")
+    old_bytes, new_bytes = page_up(old_bytes), page_up(new_bytes)
     # Held until the lock is not: see unmap_locked.
     dropped: Dropped = []
     with mm.mapping_lock:

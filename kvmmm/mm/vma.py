@@ -25,6 +25,7 @@ class Vma:
         perms: Access bits as asked for (gVisor realPerms).
         effective_perms: The same as x86 grants them.
         max_perms: What mprotect may ever give, and a debugger may use.
+        effective_max_perms: The same as x86 grants them.
         private: Writes stay here (MAP_PRIVATE).
         mappable: What lies behind; None for private anonymous memory.
         delta: Offset in the mappable minus address; 0 without one.
@@ -38,7 +39,8 @@ class Vma:
     """
 
     __slots__ = (
-        "delta", "dontfork", "effective_perms", "grows_down", "is_stack", "key", "lock_mode",
+        "delta", "dontfork", "effective_max_perms", "effective_perms",
+        "grows_down", "is_stack", "key", "lock_mode",
         "mappable", "max_perms", "name", "perms", "private", "pure_data",
     )  # fmt: skip
 
@@ -51,6 +53,7 @@ class Vma:
         self.perms = perms
         self.effective_perms = effective(perms)
         self.max_perms = max_perms
+        self.effective_max_perms = effective(max_perms)
         self.private = private
         self.mappable = mappable
         self.delta = delta

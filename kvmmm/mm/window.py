@@ -71,7 +71,7 @@ class Window:
             vma_bytes: Length of the vma.
             least_bytes: The least that a fault should map, a power of two of at least 2 MiB.
         """
-        start = align_down(addr, HUGE_PAGE_BYTES)
+        start = addr & -HUGE_PAGE_BYTES
         length = least_bytes
         if start == self.next_start:
             length = min(self.length_bytes * 2, max(MAX_WINDOW_BYTES, vma_bytes >> 6))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from kvmmm.errors import StateError
 from kvmmm.hostarch.addr import ADDRESS_LIMIT
@@ -19,7 +19,7 @@ from kvmmm.pagetables.pte import (
 from kvmmm.pagetables.ranges import canonical_spans, check_leaf, check_range
 from kvmmm.pagetables.scan import MappedRun, Translation, leaves, merge_runs
 from kvmmm.pagetables.tree import TableTree
-from kvmmm.safemem.ffi import lib
+from kvmmm.safemem.ffi import PageMapper, address_of, lib
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -147,6 +147,20 @@ class PageTables(TableTree):
             self._complain_if(done, gva, length_bytes, gpa, flags)
             return self._finish(done)
         return done == _CHANGED
+
+    def mapper(
+        self, bases: dict[Any, int], flags: tuple[int, ...], gpa: int, length_bytes: int, hva: int
+    ) -> PageMapper:
+        """Return what edits leaves in tables that are there: one call of C, for faults.
+
+        Args:
+            bases: Where files lie: gpa of offset 0, by file. Read at each call.
+            flags: Entry flags, by access bits.
+            gpa: What it replaces must lie in [gpa, gpa + length_bytes), and is shot down there.
+            length_bytes: See there; 0 to replace nothing.
+            hva: Host address of the same frames.
+        """
+        return PageMapper(address_of(self._c), bases, flags, gpa, length_bytes, hva)
 
     def unmap(self, gva: int, length_bytes: int) -> bool:
         """Remove every translation in [gva, gva + length_bytes).

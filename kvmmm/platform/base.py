@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvmmm.hostarch.ranges import AddrRange, FileRange
     from kvmmm.memmap.file import File
@@ -56,6 +56,14 @@ class AddressSpace(Protocol):
 
         Raises:
             ArenaExhaustedError: No page for a table; some of it may be mapped.
+        """
+
+    @property
+    def map_quickly(self) -> Callable[[int, int, File, int, int], bool] | None:
+        """`map_quickly(addr, length_bytes, file, fo, perms)`: what most faults need of `map_file`.
+
+        It maps where nothing is mapped yet and that is simple, and returns True; otherwise it does
+        nothing. None where there is no quicker way than `map_file`.
         """
 
     def unmap(self, ranges: Sequence[AddrRange]) -> None:

@@ -55,30 +55,29 @@ class TableImage:
         """Tables in use."""
         return len(self.content) // PAGE_BYTES - len(self.free)
 
-    def mapping(self, parts: Sequence[Part], end: int) -> TableImage:
-        """Return tables that map `parts` and nothing else below `end`.
+    def mapping(self, parts: Sequence[Part]) -> TableImage:
+        """Return tables that map `parts`.
 
         They differ from this image in as little as can be: a table that is still needed stays where
-        it is, since tables of the guest's own may lead to it. Only when there is no room for that
-        they are laid out anew.
+        it is, since tables of the guest's own may lead to it. What lies between the parts stays as
+        it is, too: without a slot nobody gets there, and an EPT violation tells more than a #PF.
+        Only when there is no room for that, tables are laid out anew, for these parts alone.
 
         Args:
-            parts: Ascending.
-            end: What lies behind is left as it is.
+            parts: Disjoint.
 
         Raises:
             StateError: There is no room at all.
         """
         if self.content:
             try:
-                return self._edited(parts, end)
+                return self._edited(parts)
             except StateError:
                 pass
-        return TableImage(self.first_gpa, self.end_gpa, giant_pages=self.giant_pages)._edited(  # noqa: SLF001 - our own
-            parts, end
-        )
+        new = TableImage(self.first_gpa, self.end_gpa, giant_pages=self.giant_pages)
+        return new._edited(parts)
 
-    def _edited(self, parts: Sequence[Part], end: int) -> TableImage:
+    def _edited(self, parts: Sequence[Part]) -> TableImage:
         buffer = bytearray(self.end_gpa - self.first_gpa)
         buffer[: len(self.content)] = self.content
         room = TableRoom(self, memoryview(buffer), address_of(ffi.from_buffer(buffer)))
@@ -86,14 +85,8 @@ class TableImage:
             tables = room.adopt(self)
         else:
             tables = PageTables(room, giant_pages=self.giant_pages, live=False)
-        addr = 0
-        for start, stop, flags in parts:
-            if addr < min(start, end) and self.content:
-                tables.unmap(addr, min(start, end) - addr)
-            tables.map(start, stop - start, start, flags)
-            addr = stop
-        if addr < end and self.content:
-            tables.unmap(addr, end - addr)
+        for start, end, flags in parts:
+            tables.map(start, end - start, start, flags)
         tables.recycle(zapped=True)  # nobody walks them here
         return TableImage(
             self.first_gpa, self.end_gpa, giant_pages=self.giant_pages,

@@ -35,6 +35,8 @@ class Machine(ABC):
     vcpu: Vcpu
     _console: Console
     _reporter: StopReporter
+    _resumable = RESUMABLE
+    """After which outcomes the guest can run on."""
 
     def __init__(self) -> None:
         # What `close` undoes, last first.
@@ -72,7 +74,8 @@ class Machine(ABC):
 
         Returns:
             What it came to. A deadline, a stop, and `RunResult("paused")` from a handler leave the
-            guest able to run on (`result.RESUMABLE`); anything else ends it.
+            guest able to run on (`result.RESUMABLE`), and with `UserVM` so does `memory`; anything
+            else ends it.
 
         Raises:
             StateError: Nothing is loaded, it is running, or it has ended.
@@ -107,7 +110,7 @@ class Machine(ABC):
         if answer == -lib.KVMMM_STOP_REQUEST:
             return self._reporter.stopped("stop()")
         if isinstance(answer, RunResult):
-            self._has_ended = answer.outcome not in RESUMABLE
+            self._has_ended = answer.outcome not in self._resumable
             return answer
         raise KvmmmError(f"a handler answered {answer!r}, which is no RunResult")
 

@@ -22,7 +22,7 @@ from kvmmm.vmm.exit_handler import ExitHandler
 from kvmmm.vmm.guest_memory import HOLE, make_arena, memory_map_of
 from kvmmm.vmm.image import Image, read_image
 from kvmmm.vmm.machine import Machine
-from kvmmm.vmm.result import RunResult
+from kvmmm.vmm.result import DEADLINE, STOPPED
 from kvmmm.vmm.statistics import RunStatistics
 from kvmmm.vmm.stop_report import KernelStopReporter
 from kvmmm.vmm.system_area import (
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from kvmmm.platform.kvm.device import Device
     from kvmmm.platform.kvm.vcpu_state import VcpuState
+    from kvmmm.vmm.result import RunResult
 
 DEFAULT_MEMORY = "64M"
 
@@ -83,6 +84,7 @@ class MicroVM(Machine):
     ) -> None:  # fmt: skip
         super().__init__()
         self._image: Image | None = None
+        self._early_result: RunResult | None = None
         self.memory_bytes = align_up(parse_bytes(memory), HUGE_PAGE_BYTES)
         area_start = HOLE.end if HOLE.start <= self.memory_bytes < HOLE.end else self.memory_bytes
         area_bytes = system_area_bytes(self.memory_bytes)
@@ -266,8 +268,10 @@ class MicroVM(Machine):
 
         The guest must not be running, and not have ended: before its first run, after a deadline
         or a stop, or where a handler of one's own has answered `RunResult("paused")`. An access
-        that is half done is completed first. Then the two can run at the same time, in two
-        threads, and be forked again; they have one arena, and can be closed in any order.
+        that is half done is completed first, and a breakpoint that is on its way may take some
+        microseconds more of the guest's program; both with the handlers, as in a run. Then the two
+        can run at the same time, in two threads, and be forked again; they have one arena, and can
+        be closed in any order.
 
         Private memory is copied now, as much of it as is resident: a guest's tables and stacks
         cannot be told from its data. Mappings with `pure_data`, and private ones of files, are
@@ -286,25 +290,37 @@ class MicroVM(Machine):
                 when an access is completed.
             ArenaExhaustedError: The arena has no room for it; nothing has changed.
         """
+        from kvmmm.vmm import fork
+
         self._check_runnable()
         self._settle()
         self._prepare()
-        self._complete_pending()
-        state = self.vcpu.save_state()
+        self._has_ended = True  # until what was half done has been served
+        fork.complete(self.vcpu)
+        self._has_ended = False
+        if self._early_result is None:
+            read = self._handler.provider.read
+            state, self._early_result = fork.settle(self.vcpu, self._run_on, read)
+            if self._has_ended:
+                raise StateError("this guest has ended, just now: run() says how")
+        else:
+            state = self.vcpu.save_state()
         child = MicroVM.__new__(MicroVM)
         child._become_copy(self, state, console, console_input)  # noqa: SLF001 - one of our own
         return child
 
-    def _complete_pending(self) -> None:
-        try:
-            answer = self.vcpu.complete_pending()
-        except BaseException:
-            self._has_ended = True
-            raise
-        if answer is not None:
-            self._has_ended = True
-            report = answer.report if isinstance(answer, RunResult) else f"{answer!r}"
-            raise StateError(f"this guest has ended in the access that it was at:\n{report}")
+    def run(self, timeout: float | str | None = None) -> RunResult:
+        """See `Machine.run`."""
+        self._check_open()
+        early, self._early_result = self._early_result, None
+        return super().run(timeout) if early is None else early
+
+    def _run_on(self, timeout: float) -> RunResult:
+        result = super().run(timeout)
+        if result.outcome in {DEADLINE, STOPPED}:
+            # Nobody sees this result; its output belongs to the next one.
+            self._console.output[:0] = result.console
+        return result
 
     def _become_copy(
         self, parent: MicroVM, state: VcpuState, sink: Callable[[bytes], object] | None,
@@ -313,6 +329,7 @@ class MicroVM(Machine):
         super().__init__()
         self.memory_bytes = parent.memory_bytes
         self._image = parent.image
+        self._early_result = None
         self._is_loaded = True
         try:
             self.arena = parent.arena.share()
@@ -338,7 +355,11 @@ class MicroVM(Machine):
         self._closers.append(self.area.close)
 
     def _fork_memory(self, mm: MemoryManager) -> None:
-        reservation = self.arena.reserve(self.memory_bytes, align_bytes=HUGE_PAGE_BYTES)
+        # A place for all of guest memory, as the first VM has, while there is plenty: it makes few
+        # slots of many, but nobody else can use what of it is not used.
+        reservation = None
+        if self.arena.statistics().free_bytes >= 2 * self.memory_bytes:
+            reservation = self.arena.reserve(self.memory_bytes, align_bytes=HUGE_PAGE_BYTES)
         try:
             self.mm = mm.fork(self.address_space, reservation)
         except BaseException:

@@ -24,7 +24,8 @@ PAUSED = "paused"
 
 RESUMABLE = frozenset((DEADLINE, STOPPED, PAUSED))
 """After these the guest can run on. `PAUSED` is for handlers: they answer `RunResult(PAUSED)` where
-the host wants to do something that takes a guest that does not run, `fork` for one."""
+the host wants to do something that takes a guest that does not run, `fork` for one. After `MEMORY`
+a `UserVM` can, too."""
 
 _EXIT_CODES = {
     FAULT: errors.EXIT_FAULT,

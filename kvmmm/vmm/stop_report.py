@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvmmm.errors import KvmmmError
+from kvmmm.errors import GuestBusError, KvmmmError
 from kvmmm.hostarch.access import WRITE
 from kvmmm.vmm import report, result
 from kvmmm.vmm.cpu_state import CpuState
@@ -223,6 +223,11 @@ class KernelStopReporter(StopReporter):
 
     def _read(self, gva: int, length_bytes: int) -> bytes:
         return self._provider.read(gva, length_bytes)
+
+    def _fault_hint(self, error: GuestFaultError) -> str:
+        if isinstance(error, GuestBusError):
+            return "the file that is mapped there ends before: map less of it, or make it longer"
+        return ""
 
     def _warnings(self, cpu: CpuState | _Trapped) -> list[str]:
         """Say which of the things that a CPU writes to by itself lie in read-only memory.

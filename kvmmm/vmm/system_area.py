@@ -184,7 +184,7 @@ class SystemArea:
         if image is None:
             first = self.start + TABLES_OFFSET
             image = TableImage(first, self.end, giant_pages=self._giant_pages)
-            image = image.mapping(self._parts(ranges), self.end)
+            image = image.mapping(self._parts(ranges))
             _remember(_images, wanted, image)
         self._put(TABLES_OFFSET, image.content)
         self._take_image(image)
@@ -205,7 +205,7 @@ class SystemArea:
         """
         if self.image is None:
             raise StateError("the boot tables have not been built")
-        return self.image.mapping(self._parts(ranges), self.end)
+        return self.image.mapping(self._parts(ranges))
 
     def change_tables(self, image: TableImage, changes: Sequence[tuple[int, bytes]]) -> None:
         """Write what `image` has changed.
@@ -223,7 +223,7 @@ class SystemArea:
         self._tables = None
 
     def _parts(self, ranges: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-        return [*_guest_parts(ranges), *sorted(self._own_parts())]
+        return [*_guest_parts(ranges), *self._own_parts()]
 
     def _own_parts(self) -> Iterator[tuple[int, int, int]]:
         user = flags_of(READ_WRITE, user=True)

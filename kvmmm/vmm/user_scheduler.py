@@ -76,6 +76,7 @@ class Scheduler:
     def begin(self, process: Process) -> None:
         """Have the first process run; the vCPU has its registers already."""
         process.space.activate(self._vcpu)
+        self._vcpu.on_fault = process.mm.handle_user_fault
         self.running = self.first = process
 
     def run(self, timeout_ns: int) -> object:
@@ -110,6 +111,7 @@ class Scheduler:
         assert new.state is not None  # noqa: S101 - who waits has it
         vcpu.load_state(new.state)
         new.space.activate(vcpu)
+        vcpu.on_fault = new.mm.handle_user_fault
         new.state = None
         self.running = self.waiting.popleft()
         if old.status is not None:

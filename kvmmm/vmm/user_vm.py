@@ -30,6 +30,7 @@ from kvmmm.vmm.console import Console
 from kvmmm.vmm.emulation import EmulationError
 from kvmmm.vmm.exit_handler import HAS_ERROR_CODE, PF, end_of
 from kvmmm.vmm.machine import Machine
+from kvmmm.vmm.result import MEMORY, RESUMABLE
 from kvmmm.vmm.statistics import RunStatistics
 from kvmmm.vmm.user_image import MAX_ADDR, MIN_ADDR, UserImage, read_user_image
 from kvmmm.vmm.user_process import Process, load_image, load_stack
@@ -46,9 +47,6 @@ if TYPE_CHECKING:
     from kvmmm.vmm.result import RunResult
 
 DEFAULT_MEMORY = "64M"
-_MAX_REPEATS = 64
-"""The same fault so often in a row, at an entry that allows it: the page tables are not what they
-seem."""
 
 
 class UserVM(Machine):
@@ -63,7 +61,8 @@ class UserVM(Machine):
     It serves exit, exit_group, write (to the console), mmap, munmap, mprotect, mremap, brk,
     madvise, fork, getpid, sched_yield and arch_prctl, and ENOSYS to everything else; `on_syscall`
     adds more. There are no threads and no signals: what would be a signal ends the run, with a
-    report. The run ends when all processes have ended; its status is the first one's.
+    report. The run ends when all processes have ended; its status is the first one's. When memory
+    is exhausted (outcome `memory`), it can run on after the host has freed some.
 
     Lifetime, threads and signals: see `Machine`.
 
@@ -84,6 +83,9 @@ class UserVM(Machine):
         RangeError: More than one vCPU.
     """
 
+    # A fault for which no memory was left comes again.
+    _resumable = RESUMABLE | {MEMORY}
+
     def __init__(
         self, memory: int | str = DEFAULT_MEMORY, *, vcpus: int = 1,
         console: Callable[[bytes], object] | None = None, max_memslots: int | None = None,
@@ -92,8 +94,6 @@ class UserVM(Machine):
         super().__init__()
         if vcpus != 1:
             raise RangeError(vcpus, vcpus, "processes take turns on one vCPU: vcpus=1")
-        self._last_fault = (0, 0)
-        self._n_repeats = self._n_faults = 0
         self.memory_bytes = align_up(parse_bytes(memory), HUGE_PAGE_BYTES)
         device = open_device()
         try:
@@ -120,7 +120,9 @@ class UserVM(Machine):
         self._syscalls = Syscalls(self)
         self._slots = LazySlots(self.physical, self.vcpu)
         vcpu = self.vcpu
-        vcpu.on_fault = self._on_fault
+        # on_fault is the memory manager's own handler, of whoever runs.
+        vcpu.on_refused = self._on_refused
+        vcpu.on_repeated = self._on_repeated
         vcpu.on_trap = self._on_trap
         vcpu.on_syscall = self._syscalls.serve
         vcpu.on_mmio = self._slots.on_mmio
@@ -254,24 +256,22 @@ class UserVM(Machine):
 
     # ---- exits ----
 
-    def _on_fault(self, addr: int, access: int) -> RunResult | None:
-        self._n_faults += 1
+    def _on_refused(self, error: OSError, addr: int) -> RunResult:
+        if isinstance(error, GuestFaultError):
+            return self._reporter.fault(error, is_past_store=False)
+        if isinstance(error, ArenaExhaustedError):
+            return self._reporter.memory(error, addr)
+        raise error
+
+    def _on_repeated(self, addr: int, access: int) -> RunResult | None:
+        # So many times in a row, and the tables allow it: something else forbids the access.
         process = self.process
-        fault = (self.vcpu.regs.rip, addr)
-        if fault == self._last_fault and process.space.is_mapped(addr, access):
-            # Once or twice may be: another vCPU, or a KVM that saw the entry late.
-            self._n_repeats += 1
-            if self._n_repeats >= _MAX_REPEATS:
-                return self._reporter.exception_at(PF, None, addr)
-        else:
-            self._n_repeats = 0
-        self._last_fault = fault
+        if process.space.is_mapped(addr, access):
+            return self._reporter.exception_at(PF, None, addr)
         try:
             process.mm.handle_user_fault(addr, access)
-        except GuestFaultError as e:
-            return self._reporter.fault(e, is_past_store=False)
-        except ArenaExhaustedError as e:
-            return self._reporter.memory(e, addr)
+        except OSError as e:
+            return self._on_refused(e, addr)
         return None
 
     def _on_trap(self, vector: int, error_code: int) -> RunResult:
@@ -295,7 +295,7 @@ class UserVM(Machine):
         return RunStatistics.of(
             self.vcpu.statistics(), self.scheduler.counters(), self.arena.statistics(),
             n_slots=len(self.vm.memslots), n_mmio=0, n_emulated_pages=0,
-            n_slot_violations=self._slots.n_violations, n_page_faults=self._n_faults,
+            n_slot_violations=self._slots.n_violations, n_page_faults=self.vcpu.n_faults,
             n_console_bytes=self._console.n_bytes, n_syscalls=self._syscalls.n_served,
         )  # fmt: skip
 

@@ -74,7 +74,7 @@ def test_full_and_empty(usage: PageUsage):
 def test_many_kinds_of_search_keep_few_hints(usage: PageUsage):
     for pages in range(1, 200):
         assert usage.free.find_fit(pages * PAGE, PAGE, 0) is not None
-    assert len(usage.free._hints) <= 64
+    assert len(usage.free.hints) <= 64
 
 
 def test_reservation_gets_back_only_its_own(usage: PageUsage):

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import array
+import struct
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmmm.errors import RangeError
 from kvmmm.hostarch import addr
+from kvmmm.hostarch.ranges import AddrRange
 
 ADDRESSES = st.integers(0, addr.ADDRESS_LIMIT - 1)
 ALIGNMENTS = st.integers(0, 40).map(lambda shift: 1 << shift)
@@ -44,3 +50,28 @@ def test_align(at: int, align: int):
 def test_pages_are_an_alignment(at: int):
     assert addr.page_down(at) == addr.align_down(at, addr.PAGE_BYTES)
     assert addr.page_up(at) == addr.align_up(at, addr.PAGE_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("at", "rounded"),
+    [
+        (0, 0), (63, 64), (64, 64), (65, 128), (66, 128), (99, 128), (127, 128), (128, 128),
+        (129, 192), (2**32 - 1, 2**32),
+    ],
+)  # fmt: skip
+def test_cache_line_round_up(at: int, rounded: int):
+    assert addr.align_up(at, 64) == rounded
+
+
+@pytest.mark.parametrize("at", [2**64 - 2, 2**64 - 1])
+def test_cache_line_round_up_wrap_around(at: int):
+    """It does not wrap: it is the limit, which is no address, and which every check looks for."""
+    assert addr.align_up(at, 64) == addr.ADDRESS_LIMIT
+    with pytest.raises(RangeError):
+        AddrRange.of_length(addr.align_up(at, 64), 1)
+
+
+def test_endian_string():
+    """Words that host and guest exchange are the host's own: both are little-endian."""
+    assert sys.byteorder == "little"
+    assert struct.pack("=I", 1) == struct.pack("<I", 1) == array.array("I", [1]).tobytes()

@@ -1,4 +1,4 @@
-"""What people see of a memory manager, and what its self-check finds."""
+"""What the self-check of a memory manager finds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmmm.hostarch.access import NO_ACCESS, READ, READ_EXECUTE, READ_WRITE
+from kvmmm.hostarch.access import READ, READ_WRITE
 from kvmmm.hostarch.ranges import FileRange
 
 if TYPE_CHECKING:
@@ -17,25 +17,6 @@ if TYPE_CHECKING:
     Make = Callable[..., Setup]
 
 PAGE = 4096
-
-
-def test_maps(make: Make):
-    setup = make()
-    setup.map(0x1000, 0x400000, READ_WRITE, "[memory]")
-    setup.map(0x100000, 0x103000, READ_EXECUTE, "[image]")
-    setup.map(0x300000, 0x301000, NO_ACCESS)
-    setup.mm.populate(0x100000, 0x2000)
-    assert setup.mm.maps() == (
-        "000000001000-000000100000 rw-p          0 KiB  [memory]\n"
-        "000000100000-000000103000 r-xp          8 KiB  [image]\n"
-        "000000103000-000000300000 rw-p          0 KiB  [memory]\n"
-        "000000300000-000000301000 ---p          0 KiB\n"
-        "000000301000-000000400000 rw-p          0 KiB  [memory]\n"
-    )
-
-
-def test_maps_of_nothing(make: Make):
-    assert make().mm.maps() == "\n"
 
 
 class TestCheckInvariants:

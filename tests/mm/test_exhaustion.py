@@ -10,37 +10,12 @@ from kvmmm.arena import Arena
 from kvmmm.errors import ArenaExhaustedError
 from kvmmm.hostarch.access import READ
 from tests.mm.family import HUGE, PAGE, Family, Process
+from tests.mm.hoard import Hoard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from kvmmm.hostarch.ranges import FileRange
-
 START = 8 * HUGE
-
-
-class Hoard:
-    """All that is free in an arena, and what of it is given back."""
-
-    def __init__(self, arena: Arena) -> None:
-        self.arena = arena
-        self.held: list[FileRange] = []
-
-    def take_all(self) -> None:
-        while largest := self.arena.statistics().largest_free_bytes:
-            self.held.append(self.arena.allocate(largest))
-
-    def give(self, n_pages: int) -> None:
-        for _ in range(n_pages):
-            fr = self.held.pop()
-            page = type(fr)(fr.end - PAGE, fr.end)
-            if fr.start < page.start:
-                self.held.append(type(fr)(fr.start, page.start))
-            self.arena.dec_ref(page)
-
-    def give_all(self) -> None:
-        while self.held:
-            self.arena.dec_ref(self.held.pop())
 
 
 @pytest.fixture
@@ -52,9 +27,8 @@ def family() -> Iterator[Family]:
 
 @pytest.fixture
 def hoard(family: Family) -> Iterator[Hoard]:
-    made = Hoard(family.arena)
-    yield made
-    made.give_all()
+    with Hoard(family.arena) as made:
+        yield made
 
 
 def fault(one: Process) -> None:

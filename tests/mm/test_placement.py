@@ -87,6 +87,12 @@ class TestGuard:
         setup.mm.mmap(PAGE, addr=MAX - PAGE, fixed=True, grows_down=True)
         assert setup.mm.mmap(PAGE).end == 8 << 20
 
+    def test_no_guard_beyond_what_is_mapped_below_a_stack(self, make: Make):
+        setup = make(layout=Layout(0, MAX, top_down=True))
+        setup.map(MAX - 3 * PAGE, MAX - 2 * PAGE)
+        setup.mm.mmap(PAGE, addr=MAX - PAGE, fixed=True, grows_down=True)
+        assert setup.mm.mmap(PAGE).end == MAX - 3 * PAGE
+
 
 class TestDirections:
     def test_top_down(self, make: Make):

@@ -1,7 +1,8 @@
-"""Scenarios of gVisor's mm_test.go, named after them."""
+"""Scenarios of gVisor's mm_test.go, and TestCopyObject of its usermem; named after them."""
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
@@ -84,6 +85,22 @@ def test_io_after_mprotect(make: Make):
     assert caught.value.done == 0
     assert setup.mm.copy_out(ar.start, b"c", ignore_permissions=True) == 1
     assert setup.mm.read(ar.start, 1) == b"c"
+
+
+def test_copy_object(make: Make):
+    """Integers of all widths, signed and not, as one object."""
+    setup = make()
+    layout = struct.Struct("<bBhHiIqQ")
+    numbers = tuple(
+        value
+        for bits in (8, 16, 32, 64)
+        for value in (-(1 << bits - 1) + 1, (1 << bits) - 2)
+    )
+    addr = setup.mm.mmap(2 * PAGE, READ_WRITE).start + PAGE - 5  # over the end of a page
+    assert setup.mm.copy_out(addr, layout.pack(*numbers)) == layout.size == 30
+    found = bytearray(layout.size)
+    assert setup.mm.copy_in(addr, found) == layout.size
+    assert layout.unpack(found) == numbers
 
 
 @pytest.mark.parametrize("top_down", [False, True])

@@ -150,6 +150,13 @@ def test_protect_without_access_is_unmap(f: TablesAtHand):
     assert f.pt.is_empty()
 
 
+def test_alloc_free(f: TablesAtHand):
+    """Made, and released: gVisor's TestAllocFree."""
+    assert f.allocator.n_allocated == 1
+    f.pt.release(zapped=True)
+    assert f.allocator.n_allocated == 0
+
+
 def test_release_gives_every_page_back(f: TablesAtHand):
     f.pt.map(PAGE, 3 * HUGE, PAGE, RW)
     f.pt.map(UPPER_START, PAGE, PAGE, RW)

@@ -324,12 +324,12 @@ def test_running_again_from_a_handler_is_refused():
     assert all("running" in str(e) for e in errors)
 
 
-def test_memory_can_be_changed_while_it_is_stopped_only_by_its_bytes():
+def test_memory_can_be_changed_while_it_is_stopped():
     with load_code(counting(Code().ring3())) as vm:
         assert vm.run(timeout=0.02).outcome == "deadline"
         vm.mm.copy_out(COUNT + 64, b"host was here")
         assert vm.run(timeout=0.02).outcome == "deadline"
         assert vm.mm.read(COUNT + 64, 13) == b"host was here"
         vm.mm.mmap(0x100000, READ_WRITE, addr=0x80_0000, fixed=True, replace=True)
-        with pytest.raises(StateError, match="remapped"):
-            vm.run(timeout=0.02)
+        assert vm.run(timeout=0.02).outcome == "deadline"
+        count_is_right(vm)

@@ -214,8 +214,8 @@ class TestMemory:
     def test_the_map(self):
         with load_program(Program().exit()) as vm:
             maps = vm.mm.maps()
-        assert "000000400000-000000401000 r-xp" in maps
-        assert "000000500000-000000502000 rw-p" in maps
+        assert "00400000-00401000 r-xp" in maps
+        assert "00500000-00502000 rw-p" in maps
         assert "[stack]" in maps
 
     def test_an_executable_stack_where_the_file_asks_for_one(self):

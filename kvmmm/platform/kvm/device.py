@@ -34,8 +34,17 @@ sudo tee /etc/udev/rules.d/99-kvm.rules && sudo udevadm control --reload-rules &
 sudo udevadm trigger --name-match=kvm"""
 
 
+_VMX = (0x1, 1 << 5)
+_SVM = (0x80000001, 1 << 2)
+_ECX = 5
+"""Where an entry has it."""
+
+
 class Cpuid:
     """What KVM_GET_SUPPORTED_CPUID says, and the few facts of it that we use.
+
+    VMX and SVM are taken out: what a vCPU of a guest's own leaves in KVM is no part of `VcpuState`,
+    so that such a guest could neither be saved nor forked.
 
     Attributes:
         table: struct kvm_cpuid2 as a cffi array, ready for KVM_SET_CPUID2.
@@ -56,8 +65,17 @@ class Cpuid:
             raise IoctlError("KVM_GET_SUPPORTED_CPUID", f"nent={self._MAX_ENTRIES}", -rc)
         used = 8 + self._ENTRY.size * header[0]
         self.entries = list(self._ENTRY.iter_unpack(ffi.buffer(self.table)[8:used]))
+        for function, bit in (_VMX, _SVM):
+            self._hide(function, bit)
         self.physical_bits = (self._register(0x80000008, 3) & 0xFF) or 36
         self.has_giant_pages = bool(self._register(0x80000001, 6) >> 26 & 1)
+
+    def _hide(self, function: int, ecx_bit: int) -> None:
+        for i, entry in enumerate(self.entries):
+            if entry[0] == function and entry[_ECX] & ecx_bit:
+                hidden = [*entry[:_ECX], entry[_ECX] & ~ecx_bit, *entry[_ECX + 1 :]]
+                self.entries[i] = tuple(hidden)
+                self._ENTRY.pack_into(ffi.buffer(self.table), 8 + i * self._ENTRY.size, *hidden)
 
     def _register(self, function: int, column: int) -> int:
         return next((entry[column] for entry in self.entries if entry[0] == function), 0)

@@ -60,7 +60,7 @@ class PageTableAddressSpace:
         min_window_bytes: 2 MiB: more would cost nothing and gain nothing.
         walks_frames: False: the tables are in frames of our own.
         root_gpa: What goes into CR3; another one after some changes.
-        statistics: What it has cost.
+        map_quickly: See `AddressSpace`.
     """
 
     min_window_bytes = HUGE_PAGE_BYTES
@@ -81,7 +81,7 @@ class PageTableAddressSpace:
         giant_pages = device.cpuid.has_giant_pages
         self.max_addr = max_addr
         self.map_unit_bytes = map_unit_bytes
-        self.statistics = SpaceStatistics()
+        self._statistics = SpaceStatistics()
         self._physical = physical
         self._bases = physical.bases
         self._shootdown = Shootdown(physical, proven) if has_shootdown else None
@@ -92,6 +92,14 @@ class PageTableAddressSpace:
             fixed=dict(fixed or {}),
         )
         self._scan = RunScan(self._tables)
+        # Most of map_file, for who is in a hurry; what it has mapped is counted at the next change.
+        arena = physical.arena
+        can_drop = proven.dontneed or not has_shootdown
+        self._mapper = self._tables.mapper(
+            physical.bases, _FLAGS, physical.bases[arena],
+            arena.capacity_bytes if can_drop else 0, arena.hva,
+        )  # fmt: skip
+        self.map_quickly = self._mapper.map
         self.root_gpa = self._tables.root_gpa
         # vCPUs that have our root in CR3, and whether one ever had: then KVM may keep translations
         # for as long as the tables live. Guarded by _roots_lock, as is root_gpa.
@@ -100,6 +108,13 @@ class PageTableAddressSpace:
         self._roots_lock = threading.Lock()
         # Pages mapped, at least: what replaces others is counted twice.
         self._n_pages = 0
+
+    @property
+    def statistics(self) -> SpaceStatistics:
+        """What it has cost."""
+        told = self._statistics
+        told.n_dontneed, told.n_pages = self._mapper.n_dontneed, self._mapper.n_stale_pages
+        return told
 
     # ---- the interface to the mm ----
 
@@ -115,6 +130,7 @@ class PageTableAddressSpace:
             base = self._physical.window_of(file).base
         start = fr.start
         length = fr.end - start
+        n_pages = length >> PAGE_SHIFT
         if self._was_loaded and self._scan.has_any(addr, length):
             self._replace(addr, length, base + start, _FLAGS[perms])
             return
@@ -124,7 +140,6 @@ class PageTableAddressSpace:
         except ArenaExhaustedError:
             self._reclaim()
             changed = tables.map(addr, length, base + start, _FLAGS[perms])
-        n_pages = length >> PAGE_SHIFT
         self._n_pages += n_pages
         self._physical.n_pages += n_pages
         if changed or tables.root_gpa != self.root_gpa:
@@ -133,6 +148,7 @@ class PageTableAddressSpace:
 
     def _replace(self, addr: int, length: int, gpa: int, flags: int) -> None:
         """Map where something is mapped that a vCPU may be using."""
+        self._count(0)
         delta = gpa - addr
         stale = []
         n_kept = n_stale = 0
@@ -156,6 +172,7 @@ class PageTableAddressSpace:
 
     def unmap(self, ranges: Sequence[AddrRange]) -> None:
         """Remove every translation in `ranges`, with one shootdown for all of them."""
+        self._count(0)
         spans = [
             (ar.start, min(ar.end, self.max_addr))
             for ar in ranges
@@ -246,9 +263,11 @@ class PageTableAddressSpace:
     def _become_fork_of(self, parent: PageTableAddressSpace) -> bool:
         if parent._physical is not self._physical:
             return False
+        parent._count(0)
         parent._tables.fork_into(self._tables)
         # What KVM keeps of the parent's lower tables, it keeps of ours.
         self._was_loaded |= parent._was_loaded
+        self._mapper.drops |= parent._mapper.drops
         self._finish([], 0)
         self._count(parent._n_pages)
         parent._finish([], 0)
@@ -263,6 +282,7 @@ class PageTableAddressSpace:
             self.root_gpa = 0
         with self._physical.recycling:
             self._tables.release()
+        self._count(0)
         self._count(-self._n_pages)
 
     # ---- which vCPUs are in it ----
@@ -281,6 +301,7 @@ class PageTableAddressSpace:
             loaded[vcpu] = self
             self._vcpus.add(vcpu)
             self._was_loaded = True
+            self._mapper.drops = self._shootdown is not None
             vcpu.set_root(self.root_gpa)
 
     def deactivate(self, vcpu: Vcpu) -> None:
@@ -310,9 +331,9 @@ class PageTableAddressSpace:
             is_crowded = True
         elif stale:
             shootdown.drop(stale)
-            self.statistics.n_dontneed += 1
+            self._mapper.n_dontneed += 1
         if self._was_loaded:
-            self.statistics.n_pages += n_stale
+            self._mapper.n_stale_pages += n_stale
         with self._physical.recycling:
             if is_crowded:
                 self._zap()
@@ -329,18 +350,19 @@ class PageTableAddressSpace:
     def _zap(self) -> None:
         if self._shootdown is not None:
             self._shootdown.drop_all()
-        self.statistics.n_zaps += 1
+        self._statistics.n_zaps += 1
 
     def _load_root(self) -> None:
         with self._roots_lock:
             self.root_gpa = self._tables.root_gpa
             for vcpu in self._vcpus:
                 vcpu.set_root(self.root_gpa)
-        self.statistics.n_roots += 1
+        self._statistics.n_roots += 1
 
     def _max_dropped_pages(self) -> int:
         return self._shootdown.max_pages() if self._shootdown is not None else 0
 
     def _count(self, n_pages: int) -> None:
+        n_pages += self._mapper.take_count()
         self._n_pages += n_pages
         self._physical.n_pages += n_pages

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -138,6 +139,26 @@ def test_memslots_are_32_where_the_kernel_does_not_say(monkeypatch: pytest.Monke
         assert one.max_memslots == 32
     finally:
         os.close(one.fd)
+
+
+def test_guests_are_offered_no_virtualisation(monkeypatch: pytest.MonkeyPatch):
+    entries = [(0x1, 0, 0, 7, 8, (1 << 32) - 1, 9), (0x8000_0001, 0, 0, 1, 2, 0x104, 3)]
+
+    def ioctl(_fd: int, _request: int, hva: int) -> int:
+        table = device.ffi.buffer(device.ffi.cast("uint8_t *", hva), 8 + 2 * 40)
+        table[:] = struct.pack("<II", 2, 0) + b"".join(
+            struct.pack("<10I", *entry, 0, 0, 0) for entry in entries
+        )
+        return 0
+
+    monkeypatch.setattr(device, "ioctl", ioctl)
+    cpuid = device.Cpuid(-1)
+    assert cpuid.entries == [
+        (0x1, 0, 0, 7, 8, (1 << 32) - 1 - 0x20, 9, 0, 0, 0),
+        (0x8000_0001, 0, 0, 1, 2, 0x100, 3, 0, 0, 0),
+    ]
+    raw = bytes(device.ffi.buffer(cpuid.table))[8:88]
+    assert raw == b"".join(struct.pack("<10I", *entry) for entry in cpuid.entries)
 
 
 @pytest.mark.kvm

@@ -1,0 +1,145 @@
+"""`UserMachine`: a VM whose vCPUs stamp a region in ring 3, through page tables.
+
+    CODE     the guest's code
+    OWN      one page a vCPU, shared anonymous memory
+    REGION   what is hammered: N_CELLS cells, a stride apart
+    PARK     as much, where cells are moved to, and where no vCPU looks
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from kvmmm.arena import Arena
+from kvmmm.errors import GuestFaultError
+from kvmmm.hostarch.access import READ_EXECUTE, READ_WRITE
+from kvmmm.hostarch.ranges import AddrRange
+from kvmmm.memmap.host_file import HostFile
+from kvmmm.memmap.shared_memory import SharedMemory
+from kvmmm.mm import MemoryManager
+from kvmmm.mm.layout import Layout
+from kvmmm.platform.kvm.guest_physical import GuestPhysical
+from kvmmm.platform.kvm.kernel_half import KernelHalf
+from kvmmm.platform.kvm.page_table_space import PageTableAddressSpace
+from kvmmm.platform.kvm.vm import Vm
+from kvmmm.safemem.ffi import lib
+from tests.hammer.guest import BAD_PORT, CODE, NEXT, PAGE, registers
+from tests.hammer.stamper import Stamper
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+N_CELLS = 64
+CODE_ADDR, OWN = 0x40_0000, 0x60_0000
+REGION, PARK, KEPT = 1 << 40, 2 << 40, 3 << 40
+_ARENA_BYTES = 1 << 30
+_MAX_ADDR = 1 << 46
+
+
+class Backing:
+    """Where the region's cells of other kinds than anonymous memory come from."""
+
+    def __init__(self, arena: Arena, n_cells: int, stride_bytes: int) -> None:
+        self.length_bytes = n_cells * stride_bytes
+        self.shared = SharedMemory(arena, self.length_bytes, "hammered")
+        fd = os.memfd_create("hammered", os.MFD_CLOEXEC)
+        os.ftruncate(fd, self.length_bytes)
+        self.file = HostFile(fd, name="hammered file")
+        os.close(fd)
+
+
+class UserMachine:
+    """The VM, its memory manager, and the vCPUs' threads.
+
+    Args:
+        n_vcpus: How many stamp.
+        stride_bytes: From one cell to the next.
+        nap: Called before and after a fault is served: so a host's operation may come in between.
+        options: For `PageTableAddressSpace`.
+
+    Attributes:
+        n_faults: #PFs.
+        n_refused: Those of them that the memory manager refused; the guest went on behind.
+    """
+
+    region, park = REGION, PARK
+
+    def __init__(
+        self, n_vcpus: int, stride_bytes: int = PAGE, nap: Callable[[], object] = int, **options: Any
+    ) -> None:
+        self.stride_bytes = stride_bytes
+        self.n_faults = self.n_refused = 0
+        self._nap = nap
+        self._options = options
+        self.arena = Arena(_ARENA_BYTES)
+        self.vm = Vm()
+        self.physical = GuestPhysical(self.vm, self.arena)
+        self.half = KernelHalf(self.physical, n_vcpus)
+        self.space = self.new_space()
+        self.mm = MemoryManager(self.arena, self.space, layout=Layout(1 << 16, _MAX_ADDR))
+        self.mm.mmap(PAGE, READ_EXECUTE, addr=CODE_ADDR, fixed=True)
+        self.mm.copy_out(CODE_ADDR, CODE, ignore_permissions=True)
+        self.backing = Backing(self.arena, N_CELLS, stride_bytes)
+        # Its frames go with its last mapping: so there is one that stays.
+        self.mm.mmap(
+            self.backing.length_bytes, 0, addr=KEPT, fixed=True, private=False,
+            mappable=self.backing.shared,
+        )  # fmt: skip
+        self.mm.mmap(n_vcpus * PAGE, READ_WRITE, addr=OWN, fixed=True, private=False)
+        self.stampers = [self._new_stamper(number) for number in range(n_vcpus)]
+
+    def new_space(self) -> PageTableAddressSpace:
+        return PageTableAddressSpace(self.physical, self.half.fixed, **self._options)
+
+    def _new_stamper(self, number: int) -> Stamper:
+        own = OWN + number * PAGE
+        self.mm.zero_out(own, PAGE)
+        found = self.mm.pmas.find(own)
+        assert found is not None
+        own_page = self.arena.view_of(found[2].file_range(own, own + PAGE))
+        vcpu = self.vm.create_vcpu()
+        self.half.load(vcpu, self.space.root_gpa, rip=CODE_ADDR, rsp=OWN)
+        self.space.activate(vcpu)
+        vcpu.set_port(BAD_PORT, lib.KVMMM_PORT_KIND_EXIT, None)
+        for name, value in registers(number, REGION, self.stride_bytes, N_CELLS, own).items():
+            setattr(vcpu.regs, name, value)
+
+        def on_fault(addr: int, access: int) -> object:
+            return self._serve(vcpu, addr, access)
+
+        vcpu.on_fault = on_fault
+        return Stamper(vcpu, own_page, self.backing.file.revalidate)
+
+    def _serve(self, vcpu: Any, addr: int, access: int) -> object:
+        self.n_faults += 1
+        self._nap()
+        try:
+            self.mm.handle_user_fault(addr, access)
+        except GuestFaultError:
+            if not REGION <= addr < REGION + N_CELLS * self.stride_bytes:
+                raise
+            self.n_refused += 1
+            vcpu.regs.rip = CODE_ADDR + NEXT
+        self._nap()
+        return None
+
+    def stop(self) -> None:
+        for stamper in self.stampers:
+            stamper.end()
+
+    def close(self) -> None:
+        """Close; no frame must be left."""
+        for stamper in self.stampers:
+            stamper.close()
+        self.mm.close()
+        self.vm.close()
+        self.space.release()
+        self.half.close()
+        self.physical.close()
+        self.backing.file.close()
+        used_bytes = self.arena.statistics().used_bytes
+        self.arena.close()
+        assert not used_bytes, f"{used_bytes >> 10} KiB are left"
