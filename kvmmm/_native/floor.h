@@ -118,8 +118,8 @@ struct kvmmm_floor_faults {
 /* Run to the `out` to mark_port, serving every fault; returns ns. */
 int64_t kvmmm_floor_serve_faults(const struct kvmmm_floor_faults *f, int64_t timeout_ns, uint64_t *n_faults);
 
-/* Look every address up among @p n ascending starts by binary search; returns ns, and the sum of what was
- * found so that nothing is optimised away. */
+/* Look every address up among @p n ascending starts by binary search, each after the one before; returns
+ * ns, and the sum of what was found so that nothing is optimised away. */
 int64_t kvmmm_floor_find(const uint64_t *starts, size_t n, const uint64_t *addrs, size_t n_addrs, uint64_t *sum_ret);
 
 #endif /* KVMMM_FLOOR_H */

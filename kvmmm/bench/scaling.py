@@ -199,7 +199,7 @@ GROUPS = (
             Case(
                 "mm/find_100k", unit=RATIO, goal=5, shown=(("loop", "find"),),
                 product=("random", "find"), floor=("c", "find"),
-                note="random addresses, with loop and call; floor: binary search, all in C",
+                note="random addresses, with loop and call; floor: binary search in C, one by one",
             ),
         ),
         open=_finding, rounds=25, quick_rounds=5,

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmmm.hostarch.access import READ, WRITE, effective
 from kvmmm.hostarch.addr import PAGE_BYTES, PAGE_MASK
+from kvmmm.hostarch.ranges import FileRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from kvmmm.hostarch.ranges import FileRange
     from kvmmm.mm.manager import MemoryManager
     from kvmmm.mm.pma import Pma
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 ENABLED = os.environ.get("KVMMM_DEBUG", "") not in ("", "0")
 """Whether invariants are checked after every operation; decided when this is imported."""
-
-_READ_ALL_MAX_PAGES = 512
 
 
 def checked_after(*names: str) -> Callable[[Manager], Manager]:
@@ -152,13 +150,15 @@ def _check_references_locked(family: Sequence[MemoryManager]) -> None:
     for start, end, (pmas, pins, sole, exact) in _runs(edges):
         where = f"the frame at {start:#x}"
         _require(not sole or pmas == 1, f"{where} is one mm's alone, and {pmas} pmas have it")
-        for fo in _samples(start, end):
-            count = arena.ref_count(fo)
-            _require(count > 0, f"the frame at {fo:#x} is free")
+        at = start
+        for used_start, used_end, count in arena.ref_counts(FileRange(start, end)):
+            _require(used_start == at, f"the frame at {at:#x} is free")
             _require(
                 count == pmas + pins if exact else count >= pmas + pins,
-                f"the frame at {fo:#x} has {count} references: {pmas} pmas and {pins} pins hold it",
+                f"the frame at {at:#x} has {count} references: {pmas} pmas and {pins} pins hold it",
             )
+            at = used_end
+        _require(at == end, f"the frame at {at:#x} is free")
 
 
 def _both_edges(fr: FileRange, holders: _Holders) -> list[tuple[int, _Holders]]:
@@ -176,13 +176,6 @@ def _runs(edges: list[tuple[int, _Holders]]) -> Iterator[tuple[int, int, _Holder
             pmas + more[0], pins + more[1], sole + more[2], exact + more[3],
         )  # fmt: skip
         last = at
-
-
-def _samples(start: int, end: int) -> Iterator[int]:
-    n_pages = (end - start) // PAGE_BYTES
-    step = max(n_pages // _READ_ALL_MAX_PAGES, 1) * PAGE_BYTES
-    yield from range(start, end, step)
-    yield end - PAGE_BYTES
 
 
 def _require(holds: bool, what: str) -> None:

@@ -93,4 +93,5 @@ class FaultLog:
         ]
 
     def __repr__(self) -> str:
-        return f"<FaultLog {sum(self._counts.values())} faults, {self.place_bytes >> 10} KiB each>"
+        n_faults = sum(self._counts.values())
+        return f"<FaultLog {n_faults} faults, in places of {self.place_bytes >> 10} KiB>"

@@ -5,6 +5,8 @@
     system_area.py       kvmmm's own pages: boot info, rings, IDT, GDT, TSS, stubs, tables
     machine.py           what a MicroVM and a UserVM have in common: run, stop, close
     microvm.py           MicroVM: a guest kernel
+    guest_memory.py      its memory as a whole; boot_tables.py: its tables, kept in step with the mm
+    fork.py              a vCPU's state at a moment at which all of it can be seen
     user_vm.py           UserVM: Linux programs in ring 3; user_*.py: image, stack, processes,
                          who runs, system calls, reports
     exit_handler.py      what each exit means: EPT violations, traps, console, exit status

@@ -12,6 +12,7 @@ from itertools import groupby
 from math import log2
 from typing import TYPE_CHECKING
 
+from kvmmm.hostarch.addr import ADDRESS_LIMIT
 from kvmmm.hostarch.units import format_bytes
 from kvmmm.mm.sight import KIND_NAMES
 from kvmmm.vmm.picture_canvas import LEFT, RIGHT
@@ -43,6 +44,7 @@ _ROW_HEIGHT, _HOLE_HEIGHT, _NOTE_HEIGHT = 42, 20, 16
 _TICK_MOST = 4
 _NAME_MAX = 24
 _BREAK_BYTES = 1 << 30
+_BAR_HEADING = "what is mapped, and below it what is resident; ticks are faults, taller for more"
 _MOST_MARKS = 6000
 """Beyond so many, marks are drawn coarser: nobody sees more, and the file would get large."""
 
@@ -94,13 +96,12 @@ class SpacePainter:
             y = self._hole(at, row.start, y)
             y = self._row(row, y)
             at = row.end
-        return self._hole(at, self.sight.max_addr, y)
+        return self._hole(at, self.sight.max_addr, y, is_last=True)
 
     def _header(self, y: float) -> float:
         for x, text, classes in (
             (_ADDR_X, "address", "dim small end"), (_PERMS_X, "perms", "dim small"),
-            (_BAR_X, "what is mapped, and below it what is resident; ticks are faults, taller for more",
-             "dim small"),
+            (_BAR_X, _BAR_HEADING, "dim small"),
             (_NAME_X, "name", "dim small"), (_SIZE_X, "size", "dim small end"),
             (_RSS_X, "resident", "dim small end"), (_FAULTS_X, "faults", "dim small end"),
         ):  # fmt: skip
@@ -110,13 +111,15 @@ class SpacePainter:
 
     # ---- holes ----
 
-    def _hole(self, start: int, end: int, y: float) -> float:
-        places = [p for p in self.places.get(None, ()) if start <= p.start < end]
-        fault = self.fault if self.fault and start <= self.fault[0] < end else None
+    def _hole(self, start: int, end: int, y: float, *, is_last: bool = False) -> float:
+        # The last one has what lies outside the address space as well.
+        limit = ADDRESS_LIMIT if is_last else end
+        places = [p for p in self.places.get(None, ()) if start <= p.start < limit]
+        fault = self.fault if self.fault and start <= self.fault[0] < limit else None
         if start >= end and not (places or fault):
             return y
         canvas, middle = self.canvas, y + _HOLE_HEIGHT / 2
-        text = f"{format_bytes(end - start)} unmapped"
+        text = f"{format_bytes(end - start)} unmapped" if start < end else "the end"
         if places:
             counts = [sum(p[i] for p in places) for i in (2, 3, 4)]
             text += f"; {faults_text(counts)} where nothing is mapped (any more)"

@@ -117,6 +117,10 @@ def test_counts(usage: PageUsage):
     usage.take(0, 4 * PAGE)
     usage.add_references([FileRange(PAGE, 2 * PAGE), FileRange(2 * PAGE, 3 * PAGE)])
     assert [usage.ref_count(fo) for fo in range(0, 5 * PAGE, PAGE)] == [1, 2, 2, 1, 0]
+    assert usage.ref_counts(0, 8 * PAGE) == [
+        (0, PAGE, 1), (PAGE, 3 * PAGE, 2), (3 * PAGE, 4 * PAGE, 1),
+    ]  # fmt: skip
+    assert usage.ref_counts(2 * PAGE, 3 * PAGE) == [(2 * PAGE, 3 * PAGE, 2)]
     assert usage.last_references(0, 4 * PAGE) == [(0, PAGE), (3 * PAGE, 4 * PAGE)]
     usage.drop_reference(0, 4 * PAGE)
     assert [usage.ref_count(fo) for fo in range(0, 5 * PAGE, PAGE)] == [0, 1, 1, 0, 0]

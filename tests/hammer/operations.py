@@ -202,17 +202,19 @@ class Operations:
     def pin(self) -> object:
         """Somebody holds frames for a while."""
         if self._pins and self.rng.random() < 0.5:
-            self._pins.pop().release()
+            for _ in range(self.rng.randrange(len(self._pins) + 1)):
+                self._pins.pop().release()
             return "released"
         found = self.run(state=MAPPED, perms=READ_WRITE)
         if found is None:
             return None
         with self.cells.dropping(f"pin of cells {found}"):
-            try:
-                self._pins.append(self.mm.pin(*self.span(*found), READ_WRITE))
-            except GuestFaultError:
-                if KINDS[found[0]] not in {FILE, FILE_COPY}:
-                    raise
+            for c in range(*found):
+                try:
+                    self._pins.append(self.mm.pin(self.cells.addr(c), PAGE, READ_WRITE))
+                except GuestFaultError:
+                    if KINDS[c] not in {FILE, FILE_COPY}:
+                        raise
         return found
 
     # ---- the file's end ----

@@ -266,6 +266,9 @@ def test_references(file: HostFile):
     file.inc_ref(a)
     file.inc_ref(b)
     assert [file.ref_count(i * PAGE) for i in range(6)] == [1, 1, 2, 1, 1, 0]
+    assert file.ref_counts(FileRange(PAGE, 6 * PAGE)) == [
+        (PAGE, 2 * PAGE, 1), (2 * PAGE, 3 * PAGE, 2), (3 * PAGE, 5 * PAGE, 1),
+    ]  # fmt: skip
     assert file.referenced_bytes == 5 * PAGE
     with pytest.raises(StateError, match="0x5000 has no reference"):
         file.dec_ref(FileRange(4 * PAGE, 6 * PAGE))

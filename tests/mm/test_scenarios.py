@@ -92,9 +92,7 @@ def test_copy_object(make: Make):
     setup = make()
     layout = struct.Struct("<bBhHiIqQ")
     numbers = tuple(
-        value
-        for bits in (8, 16, 32, 64)
-        for value in (-(1 << bits - 1) + 1, (1 << bits) - 2)
+        value for bits in (8, 16, 32, 64) for value in (-(1 << bits - 1) + 1, (1 << bits) - 2)
     )
     addr = setup.mm.mmap(2 * PAGE, READ_WRITE).start + PAGE - 5  # over the end of a page
     assert setup.mm.copy_out(addr, layout.pack(*numbers)) == layout.size == 30

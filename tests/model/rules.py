@@ -31,9 +31,9 @@ COUNT = Either(
     OneOf(*[1] * 15, 0, BIG),
 )  # fmt: skip
 FEW = Either(Between(1, 4), Between(0, 24))
-SKEW = OneOf(*[0] * 30, 1, 2048)
-PERMS = OneOf(READ_WRITE, READ_WRITE, READ_WRITE, *range(8))
-MAX_PERMS = OneOf(*[7] * 8, READ, READ_WRITE, WRITE, 0)
+SKEW = OneOf(*[0] * 60, 1, 2048)
+PERMS = OneOf(*[READ_WRITE] * 4, 7, 5, *range(8))
+MAX_PERMS = OneOf(*[7] * 20, READ, READ_WRITE, WRITE, 0)
 OFFSET = Either(Between(0, 16), Between(PAGE - 16, PAGE - 1), Between(0, PAGE - 1))
 LENGTH = Either(OneOf(1, 2, 4, 8), OneOf(1, 2, 4, 8), Between(1, 40), OneOf(4096, 5000, 9000))
 SEED = Between(1, 255)
@@ -78,7 +78,8 @@ def rule(
     12, who=WHO, at=AT, count=COUNT, perms=PERMS, max_perms=MAX_PERMS,
     kind=OneOf("anonymous", "anonymous", "file", "file", "read_only", "shared"), private=FLAG,
     index=Either(Between(0, 3), Between(0, FILE_PAGES + 2)),
-    how=OneOf("hint", "fixed", "replace", "replace", "replace", "no_replace", "none", "low", "bad"),
+    how=OneOf(*["hint", "fixed", "replace", "replace", "replace", "no_replace", "none"] * 3, "low",
+              "bad"),
     lock=LOCK, skew=SKEW, grows_down=SELDOM, stack=SELDOM, pure_data=FLAG,
     populate=OneOf("", "", "", "populate", "require_populate"), name=OneOf("", "", "a"),
 )  # fmt: skip
@@ -99,19 +100,10 @@ def mmap(
     }  # fmt: skip
     if populate == "require_populate":
         options[populate] = True
-    real = getattr(w, kind, None)
-    backing = getattr(w.memory, kind) if real is not None else None
+    backing = None if kind == "anonymous" else getattr(w.memory, kind)
     n_bytes = count * PAGE - (skew if count else 0)
-    more = {"populate": True} if populate == "populate" else {}
-    made = w.agree(
-        lambda: m.mm.mmap(n_bytes, perms, mappable=real, **options, **more),
-        lambda: m.model.mmap(n_bytes, perms, backing=backing, **options),
-    )
-    if made:
-        mapped, vma = m.model.kinds[made[0] // PAGE].backing, m.mm.vmas.find_value(made[0])
-        if mapped is not None and mapped.real is None:
-            assert vma is not None
-            mapped.real = vma.mappable
+    more = {"populate": populate == "populate"}
+    w.map(m, n_bytes, perms, more, backing=backing, **options)
 
 
 @rule(who=WHO)

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kvmmm.errors import ArenaExhaustedError, GuestFaultError, MmError
-from kvmmm.hostarch.access import READ
+from kvmmm.hostarch.access import READ, READ_WRITE
 from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.memmap.host_file import HostFile
 from kvmmm.memmap.shared_memory import SharedMemory
 from kvmmm.mm import MemoryManager
 from kvmmm.mm.layout import Layout, Limits
 from tests.model import checks
-from tests.model.memory import PAGE, Cell, Memory, Store
+from tests.model.memory import PAGE, Backing, Cell, Memory, Store
 from tests.model.model import Fault, Refusal
 from tests.model.operations import ModelMm
 
@@ -96,7 +96,35 @@ class World:
             eager_bytes=self._eager_pages * PAGE,
         )  # fmt: skip
         backend.attach(mm)
-        self.members.append(Member(mm, model))
+        member = Member(mm, model)
+        self.members.append(member)
+        hoods = self.backend.hoods
+        for page, n, backing, private in (
+            (hoods[1], 600, None, True), (hoods[4], 12, None, False),
+            (hoods[3], FILE_PAGES, self.memory.file, True),
+            (hoods[0], 8, self.memory.file, False),
+        ):  # fmt: skip
+            self.map(
+                member, n * PAGE, READ_WRITE, {"populate": False}, backing=backing,
+                private=private, addr=page * PAGE,
+            )  # fmt: skip
+
+    def map(
+        self, member: Member, n_bytes: int, perms: int, more: dict[str, bool], *,
+        backing: Backing | None, **options: Any,
+    ) -> None:  # fmt: skip
+        """Have a member map something; `more` is of no interest to its model."""
+        real = None if backing is None else backing.real
+        made = self.agree(
+            lambda: member.mm.mmap(n_bytes, perms, mappable=real, **options, **more),
+            lambda: member.model.mmap(n_bytes, perms, backing=backing, **options),
+        )
+        if made:
+            mapped = member.model.kinds[made[0] // PAGE].backing
+            if mapped is not None and mapped.real is None:
+                vma = member.mm.vmas.find_value(made[0])
+                assert vma is not None
+                mapped.real = vma.mappable
 
     def fork(self, parent: Member) -> bool:
         """Fork; False where there was no memory for it, and nothing happened."""

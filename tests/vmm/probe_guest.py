@@ -42,6 +42,11 @@ RING_3_ONLY = frozenset(("avx", "sse"))
 RET = 0xC3
 
 
+def pause(_port: int, _value: int) -> RunResult:
+    """Answer an `out`: the guest can run on, later."""
+    return RunResult(PAUSED)
+
+
 def _guest(ring: int) -> tuple[bytes, dict[str, int]]:
     code = Code().ring(ring)
     first = code.here
@@ -80,14 +85,11 @@ class Probe:
         self.ring = ring
         code, self._at = _guest(ring)
         self.vm = MicroVM(**options) if vm is None else vm
-        self.vm.on_out(PORT, self._on_out)
+        self.vm.on_out(PORT, pause, value_only=True)
         if vm is None:
             self.vm.load(code, base=BASE)
             result = self.vm.run(timeout=TIMEOUT)
             assert result.outcome == PAUSED, describe(result)
-
-    def _on_out(self, _exit: object) -> RunResult:
-        return RunResult(PAUSED)
 
     def do(self, op: str, addr: int, value: int = 0) -> RunResult:
         """Make one access; the result is `paused` if it succeeded."""

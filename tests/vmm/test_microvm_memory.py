@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from typing import Any
 
 import pytest
 
 import kvmmm
+from kvmmm.arena import Arena
 from kvmmm.errors import (
     ArenaExhaustedError,
     GuestFaultError,
     ImageError,
     RangeError,
     StateError,
+    SyscallError,
 )
 from kvmmm.hostarch.access import READ_WRITE
 from kvmmm.platform.kvm.device import open_device
 from kvmmm.safemem.ffi import ffi
-from kvmmm.vmm import bundled
+from kvmmm.vmm import bundled, guest_memory
 from kvmmm.vmm.microvm import HOLE, MicroVM
 from tests.vmm.elf_builder import Elf, Phdr, R, W, X
 from tests.vmm.guest_run import TIMEOUT, describe, load_code, run_code
@@ -102,6 +105,23 @@ class TestMemory:
         assert result.stats is not None
         assert result.stats.adds_up
         assert result.stats.used_bytes == 16 << 20
+
+    def test_an_arena_has_room_for_forks_or_what_was_asked_for(self):
+        with MicroVM("64M") as one:
+            assert one.arena.capacity_bytes == 8 * ((64 << 20) + one.area.end - one.area.start)
+        with MicroVM("64M", arena="20M") as one:
+            assert one.arena.capacity_bytes == 20 << 20
+
+    def test_an_arena_is_no_larger_than_the_host_permits(self, monkeypatch: pytest.MonkeyPatch):
+        def permit(capacity_bytes: int, **options: Any) -> Arena:
+            if capacity_bytes > 100 << 20:
+                raise SyscallError(errno.ENOMEM, "as if by ulimit -v")
+            return Arena(capacity_bytes, **options)
+
+        monkeypatch.setattr(guest_memory, "Arena", permit)
+        with load_code(Code().exit(0)) as one:
+            assert one.arena.capacity_bytes == one.memory_bytes + one.area.end - one.area.start
+            assert one.run(timeout=TIMEOUT).ok
 
     @pytest.mark.usefixtures("no_leak")
     def test_an_image_that_the_arena_cannot_hold(self):
