@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kvmmm.errors import RangeError
 from kvmmm.hostarch.addr import PAGE_MASK
+
+if TYPE_CHECKING:
+    from kvmmm.hostarch.ranges import AddrRange
 
 UNLIMITED = 1 << 64
 """A limit that is none (RLIM_INFINITY)."""
@@ -30,13 +35,14 @@ class Layout:
             `LOWEST_PLACED`.
         top_down_base: Where searching downwards starts (exclusive); by default `max_addr`.
         top_down: Which of the two is tried first.
+        hole: A range in between that can never be memory; None for none.
     """
 
-    __slots__ = ("bottom_up_base", "max_addr", "min_addr", "top_down", "top_down_base")
+    __slots__ = ("bottom_up_base", "hole", "max_addr", "min_addr", "top_down", "top_down_base")
 
     def __init__(
         self, min_addr: int, max_addr: int, *, bottom_up_base: int | None = None,
-        top_down_base: int | None = None, top_down: bool = False,
+        top_down_base: int | None = None, top_down: bool = False, hole: AddrRange | None = None,
     ) -> None:  # fmt: skip
         self.min_addr = min_addr
         self.max_addr = max_addr
@@ -45,9 +51,15 @@ class Layout:
         self.bottom_up_base = bottom_up_base
         self.top_down_base = max_addr if top_down_base is None else top_down_base
         self.top_down = top_down
+        self.hole = hole
         for addr in (min_addr, max_addr, self.bottom_up_base, self.top_down_base):
             if addr & PAGE_MASK or not min_addr <= addr <= max_addr:
                 raise RangeError(min_addr, max_addr, f"{addr:#x} does not belong into a layout")
+
+    def hole_in(self, start: int, end: int) -> AddrRange | None:
+        """Return the hole, if [start, end) reaches into it."""
+        hole = self.hole
+        return hole if hole is not None and start < hole.end and hole.start < end else None
 
 
 class Limits:

@@ -16,6 +16,7 @@ from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES
 from kvmmm.mm.layout import LOWEST_PLACED
 
 if TYPE_CHECKING:
+    from kvmmm.hostarch.ranges import AddrRange
     from kvmmm.mm.manager import MemoryManager
 
 GUARD_BYTES = 256 * PAGE_BYTES
@@ -64,7 +65,8 @@ def find_available_locked(
     if low_32bit and not fixed:
         low, high = max(low, LOW_32BIT_START), min(high, LOW_32BIT_END)
     end = addr + length_bytes
-    if (addr or fixed) and low <= addr and end <= high:
+    hole = layout.hole_in(addr, end)
+    if (addr or fixed) and low <= addr and end <= high and hole is None:
         if replace or _free_end_locked(mm, addr) >= end:
             return addr
         if no_replace:
@@ -72,10 +74,7 @@ def find_available_locked(
                 raise MmError(errno.EEXIST, operation, addr, "something is mapped there")
             return addr
     if fixed:
-        why = "something is mapped there, or too close below a stack"
-        if not (low <= addr and end <= high):
-            why = f"[{addr:#x}, {end:#x}) is not within [{low:#x}, {high:#x})"
-        raise MmError(errno.ENOMEM, operation, addr, why)
+        raise MmError(errno.ENOMEM, operation, addr, _why_not(addr, end, low, high, hole))
     if low_32bit:
         found = _search_locked(mm, low, high, length_bytes, align_bytes, top_down=False)
     else:
@@ -83,6 +82,14 @@ def find_available_locked(
     if found is None:
         raise MmError(errno.ENOMEM, operation, addr, f"no room for {length_bytes >> 10} KiB")
     return found
+
+
+def _why_not(addr: int, end: int, low: int, high: int, hole: AddrRange | None) -> str:
+    if not (low <= addr and end <= high):
+        return f"[{addr:#x}, {end:#x}) is not within [{low:#x}, {high:#x})"
+    if hole is not None:
+        return f"{hole} can never be memory"
+    return "something is mapped there, or too close below a stack"
 
 
 def _free_end_locked(mm: MemoryManager, addr: int) -> int:
@@ -117,6 +124,10 @@ def _search_locked(
         )
         if found is None:
             return None
+        hole = mm.layout.hole_in(found, found + length_bytes)
+        if hole is not None:
+            start, end = (start, hole.start) if top_down else (hole.end, end)
+            continue
         following = mm.vmas.lower_bound(found)
         if following is None or not following[2].grows_down:
             return found

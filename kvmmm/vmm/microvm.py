@@ -106,7 +106,7 @@ class MicroVM(Machine):
             self._add_vm(device, max_memslots)
             self.mm = MemoryManager(
                 self.arena, self.address_space, self.arena.reservation,
-                layout=Layout(PAGE_BYTES, self.memory_bytes),
+                layout=Layout(PAGE_BYTES, self.memory_bytes, hole=HOLE),
             )  # fmt: skip
             self._wire(console, console_input)
         except BaseException:

@@ -13,7 +13,7 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
-from kvmmm.errors import ArenaExhaustedError, GuestFaultError, MmError
+from kvmmm.errors import ArenaExhaustedError, GuestFaultError, MmError, SyscallError
 from kvmmm.vmm import user_memory_calls
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Syscalls:
         args = (regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9)
         try:
             return call(self._vm.process, args)
-        except (MmError, GuestFaultError, ArenaExhaustedError) as e:
+        except (MmError, GuestFaultError, ArenaExhaustedError, SyscallError) as e:
             return -(e.errno or errno.EFAULT)
 
     def _write(self, process: Process, args: Args) -> int:

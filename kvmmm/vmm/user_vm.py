@@ -222,8 +222,9 @@ class UserVM(Machine):
         Args:
             number: Its number, 32 bits.
             call: `call(process, args)` with six unsigned 64-bit arguments; returns what the program
-                finds in rax. A KvmmmError that is an OSError becomes -errno; a `RunResult` ends the
-                run. None has it fail with ENOSYS.
+                finds in rax. What the memory manager and its files raise (MmError, GuestFaultError,
+                ArenaExhaustedError, SyscallError) becomes -errno; a `RunResult` ends the run. None
+                has it fail with ENOSYS.
         """
         self._syscalls.set(number, call)
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmmm.errors import MmError, RangeError
+from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.mm.layout import LOWEST_PLACED, Layout
 from kvmmm.mm.manager import MemoryManager
 from kvmmm.mm.placement import GUARD_BYTES, alignment_of, find_available_locked
@@ -217,3 +218,35 @@ def test_against_a_naive_search(
     with pytest.raises(MmError) as caught:
         find_available_locked(mm, "mmap", length, align_bytes=align)
     assert caught.value.errno == errno.ENOMEM
+
+
+class TestHole:
+    """What can never be memory is never given, nor taken."""
+
+    HOLE = AddrRange(0x40_0000, 0x80_0000)
+
+    def build(self, make: Make, *, top_down: bool = False) -> MemoryManager:
+        layout = Layout(0, 0x100_0000, top_down=top_down, hole=self.HOLE)
+        return make(max_addr=0x100_0000, layout=layout).mm
+
+    @pytest.mark.parametrize("top_down", [False, True])
+    def test_a_search_goes_around_it(self, make: Make, top_down: bool) -> None:
+        mm = self.build(make, top_down=top_down)
+        placed = []
+        with pytest.raises(MmError, match="no room") as caught:
+            while True:
+                placed.append(mm.mmap(0x5_0000))
+        assert caught.value.errno == errno.ENOMEM
+        assert not any(ar.overlaps(self.HOLE) for ar in placed)
+        assert mm.usage_bytes > 0x90_0000
+
+    def test_nobody_can_insist_on_it(self, make: Make) -> None:
+        mm = self.build(make)
+        with pytest.raises(MmError, match="can never be memory") as caught:
+            mm.mmap(0x2000, addr=0x3F_F000, fixed=True, replace=True)
+        assert caught.value.errno == errno.ENOMEM
+        assert mm.usage_bytes == 0
+
+    def test_a_hint_into_it_is_no_order(self, make: Make) -> None:
+        mm = self.build(make)
+        assert not mm.mmap(0x2000, addr=0x50_0000).overlaps(self.HOLE)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import kvmmm
-from kvmmm.errors import ImageError, MmError, RangeError, StateError
+from kvmmm.errors import ImageError, MmError, RangeError, StateError, SyscallError
 from kvmmm.memmap.host_file import HostFile
 from kvmmm.vmm import user_vm
 from kvmmm.vmm.result import RunResult
@@ -175,19 +175,23 @@ class TestSystemCalls:
             assert vm.run(timeout=TIMEOUT).status == 7
         assert seen == [(process, (1, 2, 3, 4, 5, (1 << 64) - 6))]
 
-    def test_its_errors_are_errnos_and_it_may_end_the_run(self):
-        program = Program().syscall(1000).syscall(1001, None)
+    @pytest.mark.parametrize(
+        "error", [MmError(errno.EPERM, "mine", 0, "no"), SyscallError(errno.EPERM, "its file")]
+    )
+    def test_its_errors_are_errnos_and_it_may_end_the_run(self, error: OSError):
+        # mov rdi, rax
+        program = Program().syscall(1000).raw("48 89 c7").syscall(1001, None)
         with load_program(program) as vm:
 
             def refuse(*_: object) -> int:
-                raise MmError(errno.EPERM, "mine", 0, "no")
+                raise error
 
             def end(*_: object) -> Any:
                 return RunResult("exited", status=-vm.vcpu.regs.rdi & 0xFF)
 
             vm.on_syscall(1000, refuse)
             vm.on_syscall(1001, end)
-            assert vm.run(timeout=TIMEOUT).status == 0
+            assert vm.run(timeout=TIMEOUT).status == errno.EPERM
 
     def test_a_call_can_be_taken_away(self):
         with load_program(Program().syscall(GETPID).exit_with("rax")) as vm:
