@@ -111,6 +111,20 @@ class Frames:
             self._allocation_count += 1
         return FileRange(fo, fo + length_bytes)
 
+    def take(self, length_bytes: int, align_bytes: int, phase_bytes: int) -> int | None:
+        """Allocate as `allocate` does, where the last allocation of that kind says; or say None.
+
+        For the path of a fault: the arguments are not checked, and only the offset is returned.
+        None means that `allocate` must be asked.
+        """
+        with self._lock:
+            if self.fd < 0 or self._junk is not None:
+                return None
+            fo = self._usage.take_fit(length_bytes, align_bytes, phase_bytes)
+            if fo is not None:
+                self._allocation_count += 1
+            return fo
+
     def reserve(
         self, length_bytes: int, *, align_bytes: int = PAGE_BYTES, phase_bytes: int = 0
     ) -> Reservation | None:

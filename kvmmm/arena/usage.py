@@ -119,7 +119,9 @@ class PageUsage:
         )
         if fo is not None:
             hints[key] = fo + length_bytes
-            self._count_used(length_bytes)
+            used_bytes = self.used_bytes = self.used_bytes + length_bytes
+            if used_bytes > self.peak_used_bytes:
+                self.peak_used_bytes = used_bytes
         return fo
 
     def take(self, start: int, end: int) -> None:

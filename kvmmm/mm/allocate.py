@@ -68,26 +68,41 @@ def allocate_locked(
         gap_start = addr
         if gap_end > end:
             gap_end = end
-        start, stop = gap_start, gap_end
-    else:
+    start, stop = gap_start, gap_end
+    unit = addr & -HUGE_PAGE_BYTES
+    if not exact and (start < unit or stop > unit + HUGE_PAGE_BYTES):
         least_bytes = mm.address_space.min_window_bytes
-        start, stop = mm.window.place(addr, (gap_start, gap_end), vma_end - vma_start, least_bytes)
+        start, stop = mm.window.place(addr, (start, stop), vma_end - vma_start, least_bytes)
         if stop < end:
             stop = min(align_up(end, HUGE_PAGE_BYTES), gap_end)
     last, mm.last_fault = mm.last_fault, addr
     top_down = addr < last if last and last != addr else mm.layout.top_down
-    try:
-        fr = frames_for(mm, start, stop - start, top_down=top_down)
-    except ArenaExhaustedError:
-        start, fr = _allocate_less_locked(mm, addr, gap_start, gap_end, top_down=top_down)
-        stop = start + fr.length_bytes
-    pma = Pma(mm.arena, fr.start - start, vma.effective_perms, vma.effective_max_perms)
+    fo = None
+    if not top_down and mm.home is None:
+        # Where most end up, without a word too many.
+        phase = start & HUGE_PAGE_BYTES - 1
+        fo = mm.arena.take(stop - start, HUGE_PAGE_BYTES, phase)
+    if fo is None:
+        start, stop, fo = _place_locked(mm, addr, (start, stop), (gap_start, gap_end), top_down)
+    pma = Pma(mm.arena, fo - start, vma.effective_perms, vma.effective_max_perms)
     pmas.insert(start, stop, pma)
     mm.counters.allocated_bytes += stop - start
     if mm.max_rss_bytes < (rss_bytes := pmas.span_bytes):
         mm.max_rss_bytes = rss_bytes
     # Whole, if it was merged with neighbours.
     return pmas.find(addr) or (start, stop, pma)
+
+
+def _place_locked(
+    mm: MemoryManager, addr: int, wanted: tuple[int, int], gap: tuple[int, int], top_down: bool
+) -> tuple[int, int, int]:
+    # (start, end, file offset) of as much of `wanted` as can be had; not beyond `gap`.
+    start, stop = wanted
+    try:
+        fr = frames_for(mm, start, stop - start, top_down=top_down)
+    except ArenaExhaustedError:
+        start, fr = _allocate_less_locked(mm, addr, *gap, top_down=top_down)
+    return start, start + fr.length_bytes, fr.start
 
 
 def _allocate_less_locked(

@@ -19,7 +19,7 @@ from kvmmm.errors import ArenaExhaustedError, GuestFaultError
 from kvmmm.hostarch.access import READ, READ_WRITE, WRITE
 from kvmmm.hostarch.ranges import AddrRange, FileRange
 from tests.hammer.guest import PAGE, POISON
-from tests.hammer.watch import Graveyard, Still, Violation, difference, page_of
+from tests.hammer.watch import Graveyard, Still, Violation, difference, page_of, say
 
 if TYPE_CHECKING:
     import random
@@ -193,11 +193,22 @@ class Cells:
             self.arena.dec_ref(FileRange(at, fr.end))
 
     def _again(self, start: int, end: int) -> tuple[int, int]:
+        if self.machine.fills and start < end:
+            self._check_junk(start, end)
         try:
             self.arena.allocate(end - start, at=start)
         except ArenaExhaustedError:
             return start, start  # a vCPU's fault was faster
         return start, end
+
+    def _check_junk(self, start: int, end: int) -> None:
+        with self.arena._lock:
+            is_free = self.arena._usage.free.covers(start, end)
+            now = bytes(self.arena.view[start:end]) if is_free else b""
+        if now.strip(b"\xdb"):
+            at = start + next(i for i, byte in enumerate(now) if byte != 0xDB)
+            word = int.from_bytes(now[at - start & -8 :][:8], "little")
+            raise Violation(f"the frame at {at & -PAGE:#x}, freed, was written: {say(word)}")
 
     def _bury(self, start: int, end: int, why: str) -> None:
         # All of it, or, of much, what the guest can have touched.

@@ -48,11 +48,17 @@ class Child:
             return bytes(self.cells.arena.view[fo : fo + PAGE])
 
     def look(self) -> None:
-        """Note what is there."""
-        for c in range(KINDS.count(ANONYMOUS)):
-            page = self.page(c)
-            if page is not None:
-                self.bytes[c] = page
+        """Note what is there, as soon as can be."""
+        n_cells, stride = KINDS.count(ANONYMOUS), self.cells.stride
+        view = self.cells.arena.view
+        with self.mm.active_lock:
+            for start, end, pma in self.mm.pmas.segments(self.addr(0), self.addr(n_cells)):
+                if not pma.private:
+                    continue
+                first = -(-max(start - self.addr(0), 0) // stride)
+                for addr in range(self.addr(first), end, stride):
+                    fo = addr + pma.delta
+                    self.bytes[(addr - self.addr(0)) // stride] = bytes(view[fo : fo + PAGE])
 
     def check(self) -> None:
         for c, before in self.bytes.items():

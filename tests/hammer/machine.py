@@ -57,6 +57,9 @@ class UserMachine:
     Args:
         n_vcpus: How many stamp.
         stride_bytes: From one cell to the next.
+        fills: Whether freed frames are filled with junk, and punched only when they are allocated
+            again (`Arena.debug`): then a use after free shows where it happens, and nothing but
+            shootdowns has a CPU forget a frame.
         nap: Called before and after a fault is served: so a host's operation may come in between.
         options: For `PageTableAddressSpace`.
 
@@ -68,13 +71,15 @@ class UserMachine:
     region, park = REGION, PARK
 
     def __init__(
-        self, n_vcpus: int, stride_bytes: int = PAGE, nap: Callable[[], object] = int, **options: Any
-    ) -> None:
+        self, n_vcpus: int, stride_bytes: int = PAGE, *, fills: bool = False,
+        nap: Callable[[], object] = int, **options: Any,
+    ) -> None:  # fmt: skip
         self.stride_bytes = stride_bytes
+        self.fills = fills
         self.n_faults = self.n_refused = 0
         self._nap = nap
         self._options = options
-        self.arena = Arena(_ARENA_BYTES)
+        self.arena = Arena(_ARENA_BYTES, debug=fills)
         self.vm = Vm()
         self.physical = GuestPhysical(self.vm, self.arena)
         self.half = KernelHalf(self.physical, n_vcpus)

@@ -196,13 +196,14 @@ def _tables(mm: MemoryManager) -> PageTableAddressSpace:
     return space
 
 
-# Where the pages of a memslot guest lie, behind all that an mm may have.
+# Where the pages of a memslot guest lie: not too close behind all that an mm may have.
 _MAX = 2 << 30
-_TABLES, _N_TABLES = _MAX, 8
+_AREA = _MAX + (16 << 20)
+_TABLES, _N_TABLES = _AREA, 8
 _GDT, _IDT, _TSS, _STUBS, _IST, _CODE = (
-    _MAX + n * PAGE_BYTES for n in range(_N_TABLES, _N_TABLES + 6)
+    _AREA + n * PAGE_BYTES for n in range(_N_TABLES, _N_TABLES + 6)
 )
-_AREA_BYTES = _CODE + (1 + N_SCRATCH) * PAGE_BYTES - _MAX
+_AREA_BYTES = _CODE + (1 + N_SCRATCH) * PAGE_BYTES - _AREA
 
 
 class Machine:
@@ -212,14 +213,14 @@ class Machine:
         self.arena = arena
         self.frames = arena.allocate(_AREA_BYTES)
         self.vm = Vm(max_memslots=max_memslots)
-        self.vm.memslots.add(_MAX, _AREA_BYTES, arena.hva + self.frames.start)
+        self.vm.memslots.add(_AREA, _AREA_BYTES, arena.hva + self.frames.start)
         self.space = MemslotAddressSpace(self.vm, _MAX)
         self.mm: MemoryManager | None = None
         self.n_served = 0
         self._is_dropping = False
         self._write_area()
         vcpu = self.vm.create_vcpu()
-        code = self.frames.start + _CODE - _MAX
+        code = self.frames.start + _CODE - _AREA
         self.guest = Guest(vcpu, arena, type(self.frames)(code, self.frames.end), _CODE)
         vcpu.set_port(lib.KVMMM_PORT_TRAP, lib.KVMMM_PORT_KIND_EXIT, lambda _exit: "trap")
         vcpu.on_mmio = self._on_mmio
@@ -238,14 +239,13 @@ class Machine:
         with self.arena.view_of(self.frames) as view:
             with view[: _N_TABLES * PAGE_BYTES] as words:
                 tables = PageTables(MemoryTableAllocator(_N_TABLES, _TABLES, words))
-                tables.map(0, _MAX, 0, flags_of(7, user=True))
-                tables.map(_MAX, 2 << 20, _MAX, flags_of(7, user=True))
+                tables.map(0, _AREA + (2 << 20), 0, flags_of(7, user=True))
                 del tables
             for gpa, content in (
                 (_GDT, boot.gdt(_TSS)), (_IDT, boot.idt(_STUBS)),
                 (_TSS, boot.tss(_IST + PAGE_BYTES)), (_STUBS, boot.STUBS),
             ):  # fmt: skip
-                view[gpa - _MAX : gpa - _MAX + len(content)] = content
+                view[gpa - _AREA : gpa - _AREA + len(content)] = content
 
     def _on_mmio(self, exit_: MmioExit) -> Exception | None:
         if self._is_dropping:
