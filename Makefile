@@ -15,13 +15,16 @@ NPT_TIMEOUT ?= 3600
 
 NATIVE := $(wildcard kvmmm/_native/*) $(shell find guest -type f 2>/dev/null)
 
-.PHONY: run test test-npt lint format bench guests doctor wheel clean help
+.PHONY: run test test-long test-npt lint format bench guests doctor wheel clean help
 
 run: $(VENV)/built  ## boot the demo guest: its console, then its demand paging
 	@$(BIN)/kvmmm run touch --stats $(ARGS)
 
 test: $(VENV)/tests  ## run the tests (KVMMM_TEST_KVM=auto|require|never, TESTS=path, ARGS=...)
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+test-long: $(VENV)/tests  ## a million random steps against the model; goes on where it was stopped
+	$(BIN)/python -m tests.model.long --steps 1000000 --minutes 60 --state build/test-long.json $(ARGS)
 
 test-npt: $(VENV)/tests  ## run the KVM tests on mainline KVM with nested paging, inside QEMU TCG
 	@if why=$$($(BIN)/python tools/npt check 2>&1); then \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, Self
 
 from kvmmm.arena.frames import Frames
@@ -219,6 +220,25 @@ class Arena(Frames):
             except OSError as e:
                 return self._end_copy(fr, 0, e)
         return (fr, n_bytes) if n_bytes == length_bytes else self._end_copy(fr, n_bytes, None)
+
+    def take_copy(
+        self, src_fo: int, length_bytes: int, align_bytes: int, phase_bytes: int
+    ) -> int | None:
+        """Copy pages of this arena to fresh ones, as `copy_from`, in the usual case; or say None.
+
+        For the path of a fault: the arguments are not checked, and only the offset is returned.
+        None means that nothing was done and `copy_from` must be asked.
+        """
+        fo = self.take(length_bytes, align_bytes, phase_bytes)
+        if fo is None:
+            return None
+        n_bytes = -1
+        with suppress(OSError):
+            n_bytes = os.pwrite(self.fd, self.view[src_fo : src_fo + length_bytes], fo)
+        if n_bytes != length_bytes:
+            self.dec_ref(FileRange(fo, fo + length_bytes))
+            return None
+        return fo
 
     def allocate_and_write(
         self,

@@ -194,7 +194,7 @@ class Frames:
             self._check_open()
             self._check_range(fr.start, fr.end)
             if self._usage.drop_shared(fr.start, fr.end):
-                return
+                return  # somebody else has them all
             unused = self._usage.last_references(fr.start, fr.end)
             for start, end in unused:
                 if self._junk is None:

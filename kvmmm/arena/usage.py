@@ -119,9 +119,8 @@ class PageUsage:
         )
         if fo is not None:
             hints[key] = fo + length_bytes
-            used_bytes = self.used_bytes = self.used_bytes + length_bytes
-            if used_bytes > self.peak_used_bytes:
-                self.peak_used_bytes = used_bytes
+            self.used_bytes += length_bytes
+            self.peak_used_bytes = max(self.peak_used_bytes, self.used_bytes)
         return fo
 
     def take(self, start: int, end: int) -> None:

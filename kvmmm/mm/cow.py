@@ -1,12 +1,13 @@
 """Copy on write: what is shared until it is written becomes this mm's own."""
 
+# ruff: noqa: FURB136 - a call of min() costs more than an if, right after an exit
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from kvmmm.errors import ArenaExhaustedError, GuestBusError
 from kvmmm.hostarch.access import EXECUTE
-from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES, align_down, align_up
+from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES, align_down
 from kvmmm.mm.pma import Pma
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from kvmmm.mm.manager import MemoryManager
     from kvmmm.mm.pma import Removal
     from kvmmm.mm.vma import Vma
+
+
+_HUGE_MASK = HUGE_PAGE_BYTES - 1
 
 
 def break_locked(
@@ -52,22 +56,32 @@ def break_locked(
         raise AssertionError(f"no pma at {addr:#x}")
     pma_start, pma_end, pma = found
     vma_start, vma_end, vma = vma_segment
-    if pma.private and mm.arena.has_unique_ref(pma.file_range(pma_start, pma_end)):
+    # Cold, after an exit: what is usual comes first, and one look often says that it is shared.
+    arena = mm.arena
+    may_be_ours = pma.private and arena.ref_count(addr + pma.delta) == 1
+    if may_be_ours and arena.has_unique_ref(pma.file_range(pma_start, pma_end)):
         _own_locked(mm, pma_start, pma_end)
         return
     start, stop = _window(addr, end, vma)
-    start, stop = max(start, pma_start, vma_start), min(stop, pma_end, vma_end)
+    if start < pma_start or start < vma_start:
+        start = pma_start if vma_start < pma_start else vma_start
+    if stop > pma_end or stop > vma_end:
+        stop = pma_end if pma_end < vma_end else vma_end
     # Of a shared pma a window may be ours alone: a relative has copied it, or is gone.
-    is_part = stop - start < pma_end - pma_start
-    if is_part and pma.private and mm.arena.has_unique_ref(pma.file_range(start, stop)):
+    if may_be_ours and arena.has_unique_ref(pma.file_range(start, stop)):
         _own_locked(mm, start, stop)
         return
-    start, fr = _copy(mm, addr, start, stop, pma)
-    if start + fr.length_bytes <= addr:
-        if fr:
-            mm.arena.dec_ref(fr)
-        raise GuestBusError(addr, access)
-    _replace_locked(mm, start, fr, vma, removal)
+    fo = None
+    if pma.file is arena:
+        fo = arena.take_copy(start + pma.delta, stop - start, HUGE_PAGE_BYTES, start & _HUGE_MASK)
+    if fo is None:
+        start, fr = _copy(mm, addr, start, stop, pma)
+        stop, fo = start + fr.length_bytes, fr.start
+        if stop <= addr:
+            if fr:
+                arena.dec_ref(fr)
+            raise GuestBusError(addr, access)
+    _replace_locked(mm, start, stop, fo, vma, removal)
 
 
 def _window(addr: int, end: int, vma: Vma) -> tuple[int, int]:
@@ -75,7 +89,7 @@ def _window(addr: int, end: int, vma: Vma) -> tuple[int, int]:
         return addr, end
     if vma.is_stack or vma.grows_down:
         return addr - PAGE_BYTES, end + PAGE_BYTES
-    return align_down(addr, HUGE_PAGE_BYTES), align_up(end, HUGE_PAGE_BYTES)
+    return addr & -HUGE_PAGE_BYTES, end + _HUGE_MASK & -HUGE_PAGE_BYTES
 
 
 def _own_locked(mm: MemoryManager, start: int, end: int) -> None:
@@ -109,16 +123,14 @@ def _copy(mm: MemoryManager, addr: int, start: int, stop: int, pma: Pma) -> tupl
 
 
 def _replace_locked(
-    mm: MemoryManager, start: int, fr: FileRange, vma: Vma, removal: Removal
+    mm: MemoryManager, start: int, stop: int, fo: int, vma: Vma, removal: Removal
 ) -> None:
-    stop = start + fr.length_bytes
+    pmas, counters, length = mm.pmas, mm.counters, stop - start
     removal.unmap(start, stop)
-    for piece_start, piece_end, pma in mm.pmas.remove(start, stop):
+    for piece_start, piece_end, pma in pmas.remove(start, stop):
         removal.drop(piece_start, piece_end, pma)
-    mm.pmas.insert(
-        start, stop,
-        Pma(mm.arena, fr.start - start, vma.effective_perms, vma.effective_max_perms),
-    )  # fmt: skip
-    mm.counters.allocated_bytes += stop - start
-    mm.counters.copied_bytes += stop - start
-    mm.counters.cow_breaks += 1
+    pma = Pma(mm.arena, fo - start, vma.effective_perms, vma.effective_max_perms)
+    pmas.insert(start, stop, pma)
+    counters.allocated_bytes += length
+    counters.copied_bytes += length
+    counters.cow_breaks += 1

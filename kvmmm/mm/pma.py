@@ -125,7 +125,11 @@ class Removal:
 
     def replaced(self, start: int, end: int) -> None:
         """Note that `map_file` has put something else into all of [start, end)."""
-        self.ranges = [ar for ar in self.ranges if not start <= ar.start <= ar.end <= end]
+        ranges = self.ranges
+        if len(ranges) == 1 and start <= ranges[0].start and ranges[0].end <= end:
+            ranges.clear()
+        else:
+            self.ranges = [ar for ar in ranges if not (start <= ar.start and ar.end <= end)]
 
     def run(self, mm: MemoryManager) -> None:
         """Do it.

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Any
 
 from kvmmm.hostarch.access import READ, READ_WRITE
 from tests.hammer.cells import ANONYMOUS, KINDS, MAPPED, N_CELLS, Cells
-from tests.hammer.guest import PAGE, POISON
-from tests.hammer.watch import Violation, difference
+from tests.hammer.guest import PAGE, POISON, TURN_BITS
+from tests.hammer.watch import Violation, difference, say
 
 if TYPE_CHECKING:
     import random
 
 _MAX = 3
+_HOPPER = 1
+"""The vCPU that is moved to children."""
 
 
 class Child:
-    """One fork. No vCPU runs in it.
+    """One fork.
 
     Attributes:
         bytes: What its cells hold, by cell; those of anonymous memory that it had a frame for.
             (Copies of a file's pages come and go with the file's end.)
         perms: By cell; only those that it still maps.
+        is_inhabited: A vCPU is in it, or was: then its bytes are not looked at.
     """
 
     def __init__(self, mm: Any, space: Any, cells: Cells, parent: Child | None) -> None:
         self.mm = mm
         self.space = space
         self.cells = cells
+        self.is_inhabited = False
         self.bytes: dict[int, bytes] = {}
         self.perms: dict[int, int] = (
             {c: cells.perms[c] for c in range(N_CELLS) if cells.state[c] == MAPPED}
@@ -80,7 +85,9 @@ class Children:
         self.machine: Any = cells.machine
         self.rng: random.Random = cells.rng
         self.alive: list[Child] = []
-        self.n_forks = 0
+        self.n_forks = self.n_hops = 0
+        # The one that the hopper is in; what it wrote to the parent before it left.
+        self._home: Child | None = None
 
     def fork(self) -> object:
         if len(self.alive) >= _MAX:
@@ -90,14 +97,17 @@ class Children:
         space = self.machine.new_space()
         with self.cells.dropping("fork"):
             forked = mm.fork(space)
-        self.alive.append(Child(forked, space, self.cells, parent))
+        child = Child(forked, space, self.cells, parent)
+        self.alive.append(child)
+        if self.machine.hops:
+            self._keep_private(child)
         self.n_forks += 1
         return "a grandchild" if parent is not None else None
 
-    def check(self) -> object:
+    def check(self) -> None:
         for child in self.alive:
             child.check()
-        return None
+        self.look_around()
 
     def poison(self) -> object:
         """What the child writes is its own affair."""
@@ -138,18 +148,82 @@ class Children:
             return None
         child = self.alive.pop(self.rng.randrange(len(self.alive)))
         child.check()
+        if child is self._home:
+            self.hop_back()
         with self.cells.dropping("a child's end", child.mm):
             child.close()
         return None
+
+    # ---- a vCPU in a child ----
+
+    @staticmethod
+    def _keep_private(child: Child) -> None:
+        # What is stamped there must not be seen by the parent.
+        first, end = KINDS.count(ANONYMOUS), N_CELLS
+        child.mm.munmap(child.addr(first), child.addr(end) - child.addr(first))
+        for c in range(first, end):
+            child.perms.pop(c, None)
+
+    def hop(self) -> object:
+        """Move the hopper to a child, or back."""
+        if self._home is not None:
+            return self.hop_back()
+        if not self.alive:
+            return None
+        child = self.rng.choice(self.alive)
+        child.check()
+        for c, page in child.bytes.items():
+            if page == POISON:
+                child.mm.zero_out(child.addr(c), PAGE, ignore_permissions=True)
+        child.is_inhabited = True
+        child.bytes.clear()
+        in_handler = self.rng.random() < 0.5
+        self.machine.hop(_HOPPER, child.mm, child.space, in_handler=in_handler)
+        self._home = child
+        self._left_in_turn = self.machine.stampers[_HOPPER].turn
+        self.n_hops += 1
+        return self.alive.index(child), in_handler
+
+    def hop_back(self) -> object:
+        """Move the hopper to the parent."""
+        self.look_around()
+        in_handler = self.rng.random() < 0.5
+        self.machine.hop(
+            _HOPPER, self.machine.mm, self.machine.space, in_handler=in_handler
+        )
+        self._home = None
+        return "back", in_handler
+
+    def look_around(self) -> None:
+        """Nobody's stamps are where he is not."""
+        if self._home is None:
+            return
+        mm = self.cells.mm
+        with mm.active_lock:
+            for c in range(KINDS.count(ANONYMOUS)):
+                addr = self.cells.addr(c)
+                found = mm.pmas.find(addr)
+                if found is None:
+                    continue
+                fo = addr + found[2].delta
+                for word in struct.unpack("<3Q", self.cells.arena.view[fo : fo + 24]):
+                    vcpu, turn = word >> TURN_BITS & 15, word & (1 << TURN_BITS) - 1
+                    if vcpu == _HOPPER and turn > self._left_in_turn:
+                        raise Violation(
+                            f"in cell {c} of the parent stands {say(word)}, who left it in turn "
+                            f"{self._left_in_turn}"
+                        )
 
     def _cells_of_one(self, perms: int | None) -> tuple[Child, list[int]] | None:
         if not self.alive:
             return None
         child = self.rng.choice(self.alive)
+        if child.is_inhabited and perms is not None:
+            return None
         fitting = [
             c
             for c, has in child.perms.items()
-            if c in child.bytes and perms in (None, has)
+            if perms in (None, has) and (child.is_inhabited or c in child.bytes)
         ]
         chosen = sorted(self.rng.sample(fitting, min(len(fitting), self.rng.choice((1, 2, 8)))))
         return (child, chosen) if chosen else None

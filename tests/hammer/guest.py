@@ -81,6 +81,10 @@ LISTING = (
 CODE = b"".join(bytes.fromhex(code) for _, code, _ in LISTING)
 NEXT = 0x5D
 
+_OWN_CHECK = 0x47
+FORGETFUL_CODE = CODE[:_OWN_CHECK] + b"\x90\x90" + CODE[_OWN_CHECK + 2 :]
+"""For a vCPU that changes address spaces, where its own words are others: it does not compare."""
+
 
 def registers(
     number: int, region: int, stride_bytes: int, n_cells: int, own_page: int

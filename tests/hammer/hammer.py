@@ -56,6 +56,8 @@ class Hammer:
                 (6, children.fork), (3, children.check), (4, children.poison), (3, children.unmap),
                 (2, children.protect), (3, children.close),
             ]  # fmt: skip
+        if machine.hops:
+            weighted.append((6, children.hop))
         self._weights = [weight for weight, _ in weighted]
         self._choices = [operation for _, operation in weighted]
 

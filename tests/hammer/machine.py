@@ -26,7 +26,7 @@ from kvmmm.platform.kvm.kernel_half import KernelHalf
 from kvmmm.platform.kvm.page_table_space import PageTableAddressSpace
 from kvmmm.platform.kvm.vm import Vm
 from kvmmm.safemem.ffi import lib
-from tests.hammer.guest import BAD_PORT, CODE, NEXT, PAGE, registers
+from tests.hammer.guest import BAD_PORT, CODE, FORGETFUL_CODE, NEXT, PAGE, registers
 from tests.hammer.stamper import Stamper
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class UserMachine:
         fills: Whether freed frames are filled with junk, and punched only when they are allocated
             again (`Arena.debug`): then a use after free shows where it happens, and nothing but
             shootdowns has a CPU forget a frame.
+        hops: Whether vCPUs may be moved to forks.
         nap: Called before and after a fault is served: so a host's operation may come in between.
         options: For `PageTableAddressSpace`.
 
@@ -71,11 +72,12 @@ class UserMachine:
     region, park = REGION, PARK
 
     def __init__(
-        self, n_vcpus: int, stride_bytes: int = PAGE, *, fills: bool = False,
+        self, n_vcpus: int, stride_bytes: int = PAGE, *, fills: bool = False, hops: bool = False,
         nap: Callable[[], object] = int, **options: Any,
     ) -> None:  # fmt: skip
         self.stride_bytes = stride_bytes
         self.fills = fills
+        self.hops = hops
         self.n_faults = self.n_refused = 0
         self._nap = nap
         self._options = options
@@ -86,7 +88,8 @@ class UserMachine:
         self.space = self.new_space()
         self.mm = MemoryManager(self.arena, self.space, layout=Layout(1 << 16, _MAX_ADDR))
         self.mm.mmap(PAGE, READ_EXECUTE, addr=CODE_ADDR, fixed=True)
-        self.mm.copy_out(CODE_ADDR, CODE, ignore_permissions=True)
+        code = FORGETFUL_CODE if hops else CODE
+        self.mm.copy_out(CODE_ADDR, code, ignore_permissions=True)
         self.backing = Backing(self.arena, N_CELLS, stride_bytes)
         # Its frames go with its last mapping: so there is one that stays.
         self.mm.mmap(
@@ -94,6 +97,9 @@ class UserMachine:
             mappable=self.backing.shared,
         )  # fmt: skip
         self.mm.mmap(n_vcpus * PAGE, READ_WRITE, addr=OWN, fixed=True, private=False)
+        # By vCPU: whose faults it has, and where it is to go.
+        self._inside = [self.mm] * n_vcpus
+        self._wanted: list[tuple[MemoryManager, PageTableAddressSpace] | None] = [None] * n_vcpus
         self.stampers = [self._new_stamper(number) for number in range(n_vcpus)]
 
     def new_space(self) -> PageTableAddressSpace:
@@ -113,16 +119,22 @@ class UserMachine:
             setattr(vcpu.regs, name, value)
 
         def on_fault(addr: int, access: int) -> object:
-            return self._serve(vcpu, addr, access)
+            return self._serve(number, vcpu, addr, access)
 
         vcpu.on_fault = on_fault
         return Stamper(vcpu, own_page, self.backing.file.revalidate)
 
-    def _serve(self, vcpu: Any, addr: int, access: int) -> object:
+    def _serve(self, number: int, vcpu: Any, addr: int, access: int) -> object:
         self.n_faults += 1
         self._nap()
+        wanted = self._wanted[number]
+        if wanted is not None:
+            self._move(number, *wanted)
+            self._wanted[number] = None
+            vcpu.regs.rip = CODE_ADDR
+            return None
         try:
-            self.mm.handle_user_fault(addr, access)
+            self._inside[number].handle_user_fault(addr, access)
         except GuestFaultError:
             if not REGION <= addr < REGION + N_CELLS * self.stride_bytes:
                 raise
@@ -130,6 +142,28 @@ class UserMachine:
             vcpu.regs.rip = CODE_ADDR + NEXT
         self._nap()
         return None
+
+    def _move(self, number: int, mm: MemoryManager, space: PageTableAddressSpace) -> None:
+        self._inside[number] = mm
+        space.activate(self.stampers[number].vcpu)
+
+    def hop(
+        self, number: int, mm: MemoryManager, space: PageTableAddressSpace, *, in_handler: bool
+    ) -> None:
+        """Have a vCPU go on in another address space: we move it, or it does, in its next fault."""
+        if not in_handler:
+            self._move(number, mm, space)
+            return
+        self._wanted[number] = mm, space
+        stamper = self.stampers[number]
+        while self._wanted[number] is not None and not stamper.has_ended:
+            # There is a fault sooner or later; sooner, if the cache that a space is is emptied.
+            inside = self._inside[number]
+            with inside.active_lock:
+                inside.address_space.unmap(
+                    [AddrRange(REGION, REGION + N_CELLS * self.stride_bytes)]
+                )
+            time.sleep(0.0001)
 
     def stop(self) -> None:
         for stamper in self.stampers:

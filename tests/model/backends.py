@@ -105,9 +105,7 @@ class FakeSpace(FakeAddressSpace):
             assert file.write_from(fo, part) == n_bytes, "a frame that is gone"
             done += n_bytes
 
-    def _runs(
-        self, addr: int, length_bytes: int, access: int
-    ) -> Iterator[tuple[File, int, int]]:
+    def _runs(self, addr: int, length_bytes: int, access: int) -> Iterator[tuple[File, int, int]]:
         at, end = addr, addr + length_bytes
         while at < end:
             page = page_down(at)

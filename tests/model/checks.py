@@ -58,20 +58,8 @@ def _mappables(world: World) -> set[Any]:
 def check_frames(world: World) -> None:
     """Every reference of the arena and of the files is somebody's, and nobody's is missing."""
     edges: dict[Any, list[tuple[int, int]]] = {}
-
-    def hold(file: Any, start: int, end: int) -> None:
+    for file, start, end in _held(world):
         edges.setdefault(file, []).extend(((start, 1), (end, -1)))
-
-    for member in world.members:
-        for start, end, pma in member.mm.pmas:
-            hold(pma.file, start + pma.delta, end + pma.delta)
-    for pinned in world.pins:
-        for _, file, fr in pinned.pin.ranges:
-            hold(file, fr.start, fr.end)
-    for mappable in _mappables(world):
-        if isinstance(mappable, SharedMemory):
-            for start, end, delta in mappable._frames:
-                hold(world.arena, start + delta, end + delta)
     for file in (world.arena, world.file, world.read_only):
         used_bytes = 0
         for start, end, count in _runs(edges.get(file, [])):
@@ -84,6 +72,20 @@ def check_frames(world: World) -> None:
             assert world.arena.statistics().used_bytes == used_bytes
         else:
             assert file.referenced_bytes == used_bytes
+
+
+def _held(world: World) -> Iterator[tuple[Any, int, int]]:
+    # (file, start, end) of every range on which somebody has a reference.
+    for member in world.members:
+        for start, end, pma in member.mm.pmas:
+            yield pma.file, start + pma.delta, end + pma.delta
+    for pinned in world.pins:
+        for _, file, fr in pinned.pin.ranges:
+            yield file, fr.start, fr.end
+    for mappable in _mappables(world):
+        if isinstance(mappable, SharedMemory):
+            for start, end, delta in mappable._frames:
+                yield world.arena, start + delta, end + delta
 
 
 def _runs(edges: list[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
@@ -119,7 +121,7 @@ def compare_contents(mm: MemoryManager, model: ModelMm, arena: Arena) -> None:
         if kind.backing is not None:
             store, index = kind.backing.store, page + kind.delta
             # And the first page behind a file.
-            if index in store.cells or index <= store.n_pages and not store.is_memory:
+            if index in store.cells or (index <= store.n_pages and not store.is_memory):
                 pages.add(page)
     for page in sorted(pages):
         fault = model.reach(page * PAGE, 1, READ, ignore=True)

@@ -5,7 +5,7 @@ The guest is a handful of instructions that touch memory and end with an `out`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvmmm.arena import Arena
 from kvmmm.errors import ArenaExhaustedError, GuestFaultError
@@ -111,9 +111,7 @@ class PageTableBackend(Backend):
         self._tables = PageTables(self.physical.frames)
         code, data = flags_of(READ_EXECUTE, user=True), flags_of(READ_WRITE, user=True)
         self._tables.map(self.CODE_GVA, PAGE_BYTES, gpa, code)
-        self._tables.map(
-            self.CODE_GVA + PAGE_BYTES, N_SCRATCH * PAGE_BYTES, gpa + PAGE_BYTES, data
-        )
+        self._tables.map(self.CODE_GVA + PAGE_BYTES, N_SCRATCH * PAGE_BYTES, gpa + PAGE_BYTES, data)
         entry = self.physical.frames.entries(self._tables.root_gpa)[self.CODE_SLOT]
         self._fixed = {**self._half.fixed, self.CODE_SLOT: entry}
         self._mms: dict[int, MemoryManager] = {}

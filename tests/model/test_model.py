@@ -110,9 +110,7 @@ def test_memory_is_what_the_model_says(kind: str):
     n_runs = min(-(-N_STEPS[kind] * 21 // (STEPS_IN_A_RUN * 20)), MAX_RUNS)
     run_state_machine_as_test(
         memory,
-        settings=settings(
-            max_examples=n_runs, stateful_step_count=STEPS_IN_A_RUN, deadline=None
-        ),
+        settings=settings(max_examples=n_runs, stateful_step_count=STEPS_IN_A_RUN, deadline=None),
     )
-    print(f"{memory.n_steps} steps over {kind}")
+    print(f"{memory.n_steps} steps over {kind}")  # noqa: T201
     assert memory.n_steps >= min(N_STEPS[kind], n_runs * 10)

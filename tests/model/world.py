@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 FILE_PAGES, SHARED_PAGES = 12, 40
 MAX_MEMBERS = 4
-REFUSALS = (MmError, GuestFaultError)
 
 
 class Member:
@@ -163,26 +162,35 @@ class World:
     # ---- doing the same twice ----
 
     def agree(self, real: Callable[[], Any], model: Callable[[], Any]) -> Any:
-        """Do it in both: the same answer, or the same refusal. Returns the answer, None if refused."""
+        """Do it in both: the same answer, or the same refusal.
+
+        Returns:
+            The answer; None if it was refused.
+        """
         want: Any = None
         refusal: Refusal | Fault | None = None
         try:
             want = model()
         except (Refusal, Fault) as e:
             refusal = e
+        got: Any = None
+        error: OSError | None = None
         try:
             got = real()
-        except REFUSALS as e:
-            assert refusal is not None, f"refused, and the model says {want!r}: {e}"
-            if isinstance(refusal, Fault):
-                self.same_fault(e, refusal, exact=True)
-            else:
-                assert (type(e), e.errno) == (refusal.kind, refusal.errno), f"{e!r}, {refusal}"
-            return None
-        assert refusal is None, f"it must fail, {refusal}; it was {got!r}"
-        if isinstance(got, AddrRange):
-            got = got.start, got.end
-        assert got == want, f"{got!r} instead of {want!r}"
+        except (MmError, GuestFaultError) as e:
+            error = e
+        if isinstance(refusal, Fault):
+            self.same_fault(error, refusal, exact=True)
+        elif refusal is not None:
+            assert error is not None, f"it must fail, {refusal}; it was {got!r}"
+            assert (type(error), error.errno) == (refusal.kind, refusal.errno), (
+                f"{error!r} instead of {refusal}"
+            )
+        else:
+            assert error is None, f"it fails, {error!r}, and the model says {want!r}"
+            if isinstance(got, AddrRange):
+                got = got.start, got.end
+            assert got == want, f"{got!r} instead of {want!r}"
         return got
 
     def attempt(self, access: Callable[[], Any]) -> tuple[Any, GuestFaultError | None]:
