@@ -186,13 +186,14 @@ class HostFile(Mapped, LinearFile):
             StateError: Closed.
         """
         self._check_open()
-        end = self.end()
-        with self._lock:
-            is_cut = self._seen_end > end
+        # Held throughout: whoever asks meanwhile is answered when the pages have been taken back.
+        with self._mappings_lock:
+            end = self.end()
+            with self._lock:
+                is_cut = self._seen_end > end
+                if is_cut:
+                    self._seen_end = end
             if is_cut:
-                self._seen_end = end
-        if is_cut:
-            with self._mappings_lock:
                 self._mappings.invalidate(end, ADDRESS_LIMIT, private=True)
         return is_cut
 

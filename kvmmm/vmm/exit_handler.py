@@ -6,6 +6,10 @@ the run.
     MMIO exit ─────────► on_mmio ─► mm.handle_user_fault ─► slot ─► the access by hand
     emulation failure ─► on_cold ─► Provider.restart ─► mm.handle_user_fault for what is missing
     #PF by default IDT ► on_trap ─► mm.handle_user_fault ─► back to the instruction
+
+When no memory is left for it, the run ends, and the guest can run on once there is some. Then an
+instruction is run again, and faults again, but for an MMIO exit: KVM waits for that very access, so
+it is kept, and served before anything else (`serve_unserved`).
 """
 
 from __future__ import annotations
@@ -56,7 +60,9 @@ class ExitHandler:
 
     Attributes:
         n_mmio: EPT violations that came as MMIO exits.
+        n_served_again: How many of those are second tries, after there had been no memory.
         n_page_faults: #PFs that came through the default IDT and were handed to the mm.
+        shortage: What there was no memory for, last: the arguments of ArenaExhaustedError.
         provider: Makes failed instructions restartable; counts the pages.
     """
 
@@ -75,7 +81,11 @@ class ExitHandler:
         self._coalesced = False
         self._last_fault: tuple[int, int] | None = None
         self._repeats = 0
+        # What KVM waits for; valid until the vCPU enters again.
+        self._unserved: MmioExit | None = None
+        self.shortage = (0, 0, 0)
         self.n_mmio = 0
+        self.n_served_again = 0
         self.n_page_faults = 0
         self.provider = Provider(vcpu, mm, space)
 
@@ -109,8 +119,28 @@ class ExitHandler:
             stored = exit_.value if exit_.is_write and exit_.size_bytes == 8 else None
             return self._reporter.fault(e, is_past_store=exit_.is_write, stored=stored)
         except ArenaExhaustedError as e:
-            return self._reporter.memory(e, exit_.gpa)
+            self._unserved = exit_
+            return self._no_memory(e, exit_.gpa)
         return None
+
+    def serve_unserved(self) -> RunResult | None:
+        """Serve the access for which there was no memory, if the last run has ended with one.
+
+        Before the vCPU is entered in any way. Whatever comes of it but a success or a fault leaves
+        it to be served: until KVM goes on, an access by hand can be repeated.
+        """
+        exit_ = self._unserved
+        if exit_ is None:
+            return None
+        self.n_served_again += 1
+        answer = self.on_mmio(exit_)
+        if answer is None or answer.outcome != result.MEMORY:
+            self._unserved = None
+        return answer
+
+    def _no_memory(self, error: ArenaExhaustedError, addr: int | None) -> RunResult:
+        self.shortage = (error.wanted_bytes, error.free_bytes, error.capacity_bytes)
+        return self._reporter.memory(error, addr)
 
     def _complete(self, exit_: MmioExit, access: int) -> None:
         """Perform the access by hand: whoever unmaps meanwhile waits, or has come first."""
@@ -146,7 +176,7 @@ class ExitHandler:
         except GuestFaultError as e:
             return self._reporter.fault(e, is_past_store=False)
         except ArenaExhaustedError as e:
-            return self._reporter.memory(e, None)
+            return self._no_memory(e, None)  # nothing has happened: it fails again
         except EmulationError as e:
             return self._reporter.emulation(e)
         return None
@@ -187,7 +217,9 @@ class ExitHandler:
         except GuestFaultError as e:
             return self._reporter.fault(e, is_past_store=False, frame=frame)
         except ArenaExhaustedError as e:
-            return self._reporter.memory(e, addr)
+            self._last_fault = None  # it will be the same, and served
+            self._return_from(frame, sregs)
+            return self._no_memory(e, addr)
         self._return_from(frame, sregs)
         return None
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Self
 
-from kvmmm.errors import KvmmmError, StateError
+from kvmmm.errors import IoctlError, KvmmmError, StateError
 from kvmmm.hostarch.units import parse_duration_ns
 from kvmmm.safemem.ffi import lib
 from kvmmm.vmm.result import RESUMABLE, RunResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from kvmmm.mm import MemoryManager
     from kvmmm.platform.kvm.vcpu import Vcpu
     from kvmmm.vmm.console import Console
     from kvmmm.vmm.statistics import RunStatistics
     from kvmmm.vmm.stop_report import StopReporter
+
+_MAX_TRIES = 100
+"""So often KVM_RUN may fail with EFAULT in a row, 1 ms apart, when no file was cut short: whoever
+cuts one may have noticed it first, and be at taking the pages back."""
 
 
 class Machine(ABC):
@@ -35,8 +42,6 @@ class Machine(ABC):
     vcpu: Vcpu
     _console: Console
     _reporter: StopReporter
-    _resumable = RESUMABLE
-    """After which outcomes the guest can run on."""
 
     def __init__(self) -> None:
         # What `close` undoes, last first.
@@ -53,9 +58,47 @@ class Machine(ABC):
     def _prepare(self) -> None:
         """Do what is left to do before the guest runs, or runs on."""
 
-    def _run_guest(self, timeout_ns: int) -> object:
+    @abstractmethod
+    def _managers(self) -> Iterable[MemoryManager]:
+        """Return the memory of all whom the vCPU runs."""
+
+    def _run_vcpu(self, timeout_ns: int) -> object:
         """Run until there is an answer, as `VcpuCore.run` does."""
         return self.vcpu.run(timeout_ns)
+
+    def _run_guest(self, timeout_ns: int) -> object:
+        # KVM_RUN fails with EFAULT where there is no page behind a memslot: somebody has cut a
+        # mapped file short. Nothing has happened yet. Once the mm has taken the pages back, the
+        # guest's next try is a fault like any other.
+        until_ns = time.monotonic_ns() + timeout_ns
+        n_tries = 0
+        while True:
+            try:
+                return self._run_vcpu(timeout_ns)
+            except IoctlError as e:
+                if e.errno != errno.EFAULT or e.ioctl != "KVM_RUN":
+                    raise
+            if self._revalidate_files():
+                n_tries = 0
+            elif (n_tries := n_tries + 1) < _MAX_TRIES:
+                time.sleep(0.001)
+            else:
+                raise _unreadable()
+            if timeout_ns:
+                timeout_ns = until_ns - time.monotonic_ns()
+                if timeout_ns <= 0:
+                    return -lib.KVMMM_STOP_DEADLINE
+
+    def _revalidate_files(self) -> bool:
+        """Take back what is gone of the files that are mapped; whether anything was."""
+        from kvmmm.memmap.host_file import HostFile
+
+        files = set()
+        for mm in self._managers():
+            with mm.mapping_lock:
+                mappables = {vma.mappable for _, _, vma in mm.vmas}
+            files |= {mappable for mappable in mappables if isinstance(mappable, HostFile)}
+        return sum(file.revalidate() for file in files) > 0  # all of them
 
     def _is_broken(self) -> bool:
         """Return whether an exception out of `_run_guest` has left the guest unable to run on."""
@@ -73,15 +116,16 @@ class Machine(ABC):
             timeout: Deadline in seconds, or as `"250ms"`; None for none.
 
         Returns:
-            What it came to. A deadline, a stop, and `RunResult("paused")` from a handler leave the
-            guest able to run on (`result.RESUMABLE`), and with `UserVM` so does `memory`; anything
-            else ends it.
+            What it came to. A deadline, a stop, `RunResult("paused")` from a handler, and memory
+            that is exhausted leave the guest able to run on (`result.RESUMABLE`): nothing is lost,
+            and nothing happens twice. Anything else ends it.
 
         Raises:
             StateError: Nothing is loaded, it is running, or it has ended.
             KeyboardInterrupt: Ctrl-C, when this is the main thread; a note says where it was.
             Whatever a handler or the console's sink raises; that ends the guest.
             VcpuError: KVM gave up.
+            IoctlError: KVM_RUN failed; with EFAULT, guest memory cannot be read on the host.
         """
         self._check_runnable()
         timeout_ns = parse_duration_ns(timeout) if timeout is not None else 0
@@ -110,7 +154,7 @@ class Machine(ABC):
         if answer == -lib.KVMMM_STOP_REQUEST:
             return self._reporter.stopped("stop()")
         if isinstance(answer, RunResult):
-            self._has_ended = answer.outcome not in self._resumable
+            self._has_ended = answer.outcome not in RESUMABLE
             return answer
         raise KvmmmError(f"a handler answered {answer!r}, which is no RunResult")
 
@@ -179,3 +223,12 @@ class Machine(ABC):
         if hasattr(self, "_closers"):
             self._last_result = None  # whoever held it would hold us by it
             self.close()
+
+
+def _unreadable() -> IoctlError:
+    return IoctlError(
+        "KVM_RUN", "", errno.EFAULT,
+        "the guest got to memory that the host itself cannot read or write, and none of the files "
+        "that are mapped was cut short: their storage may have failed, or somebody has changed "
+        "this process's mapping of it",
+    )  # fmt: skip

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import time
 from typing import TYPE_CHECKING
 
-from kvmmm.errors import IoctlError, RangeError, StateError
+from kvmmm.errors import ArenaExhaustedError, RangeError, StateError
 from kvmmm.hostarch.access import ANY_ACCESS
 from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES, align_up
 from kvmmm.hostarch.units import parse_bytes
@@ -22,7 +20,7 @@ from kvmmm.vmm.exit_handler import ExitHandler
 from kvmmm.vmm.guest_memory import HOLE, make_arena, memory_map_of
 from kvmmm.vmm.image import Image, read_image
 from kvmmm.vmm.machine import Machine
-from kvmmm.vmm.result import DEADLINE, STOPPED
+from kvmmm.vmm.result import DEADLINE, MEMORY, STOPPED
 from kvmmm.vmm.statistics import RunStatistics
 from kvmmm.vmm.stop_report import KernelStopReporter
 from kvmmm.vmm.system_area import (
@@ -221,26 +219,12 @@ class MicroVM(Machine):
                 self.vcpu.load_boot_state(self.area.layout())
         self.mm.map_resident()
 
-    def _run_guest(self, timeout_ns: int) -> object:
-        until_ns = time.monotonic_ns() + timeout_ns
-        while True:
-            try:
-                return super()._run_guest(timeout_ns)
-            except IoctlError as e:
-                # KVM found no page behind a slot: somebody has cut a mapped file short. Nothing has
-                # happened; without the slot the guest's next try is an EPT violation.
-                if e.errno != errno.EFAULT or not self._revalidate_files():
-                    raise
-            if timeout_ns:
-                timeout_ns = max(until_ns - time.monotonic_ns(), 1)
+    def _managers(self) -> tuple[MemoryManager, ...]:
+        return (self.mm,)
 
-    def _revalidate_files(self) -> bool:
-        from kvmmm.memmap.host_file import HostFile
-
-        with self.mm.mapping_lock:
-            mappables = {vma.mappable for _, _, vma in self.mm.vmas}
-        files = [mappable for mappable in mappables if isinstance(mappable, HostFile)]
-        return sum(file.revalidate() for file in files) > 0  # all of them
+    def _run_vcpu(self, timeout_ns: int) -> object:
+        answer = self._handler.serve_unserved()
+        return super()._run_vcpu(timeout_ns) if answer is None else answer
 
     def refresh_tables(self) -> None:
         """Bring the boot tables up to date with `mm`, from any thread, the guest running or not.
@@ -267,11 +251,11 @@ class MicroVM(Machine):
         """Return a second VM in the state of this one; from then on neither sees the other change.
 
         The guest must not be running, and not have ended: before its first run, after a deadline
-        or a stop, or where a handler of one's own has answered `RunResult("paused")`. An access
-        that is half done is completed first, and a breakpoint that is on its way may take some
-        microseconds more of the guest's program; both with the handlers, as in a run. Then the two
-        can run at the same time, in two threads, and be forked again; they have one arena, and can
-        be closed in any order.
+        or a stop, where a handler of one's own has answered `RunResult("paused")`, or when memory
+        was exhausted and there is some now. An access that is half done is completed first, and a
+        breakpoint that is on its way may take some microseconds more of the guest's program; both
+        with the handlers, as in a run. Then the two can run at the same time, in two threads, and
+        be forked again; they have one arena, and can be closed in any order.
 
         Private memory is copied now, as much of it as is resident: a guest's tables and stacks
         cannot be told from its data. Mappings with `pure_data`, and private ones of files, are
@@ -288,7 +272,8 @@ class MicroVM(Machine):
         Raises:
             StateError: Nothing is loaded, it is running, or has ended; also if that comes out only
                 when an access is completed.
-            ArenaExhaustedError: The arena has no room for it; nothing has changed.
+            ArenaExhaustedError: The arena has no room for it, or for an access that is half done;
+                nothing has changed, and the guest can run on.
         """
         from kvmmm.vmm import fork
 
@@ -296,11 +281,14 @@ class MicroVM(Machine):
         self._settle()
         self._prepare()
         self._has_ended = True  # until what was half done has been served
-        fork.complete(self.vcpu)
+        try:
+            fork.complete(self.vcpu, self._handler)
+        except ArenaExhaustedError:
+            self._has_ended = False
+            raise
         self._has_ended = False
         if self._early_result is None:
-            read = self._handler.provider.read
-            state, self._early_result = fork.settle(self.vcpu, self._run_on, read)
+            state = fork.settle(self.vcpu, self._run_on, self._handler)
             if self._has_ended:
                 raise StateError("this guest has ended, just now: run() says how")
         else:
@@ -317,9 +305,13 @@ class MicroVM(Machine):
 
     def _run_on(self, timeout: float) -> RunResult:
         result = super().run(timeout)
-        if result.outcome in {DEADLINE, STOPPED}:
+        if result.outcome in {DEADLINE, STOPPED, MEMORY}:
             # Nobody sees this result; its output belongs to the next one.
             self._console.output[:0] = result.console
+        else:
+            self._early_result = result  # whoever calls for the next run gets it
+        if result.outcome == MEMORY:
+            raise ArenaExhaustedError(*self._handler.shortage)
         return result
 
     def _become_copy(
@@ -377,4 +369,5 @@ class MicroVM(Machine):
             n_slots=len(self.vm.memslots), n_mmio=self._handler.n_mmio,
             n_emulated_pages=self._handler.provider.n_pages,
             n_page_faults=self._handler.n_page_faults, n_console_bytes=self._console.n_bytes,
+            n_served_again=self._handler.n_served_again,
         )  # fmt: skip

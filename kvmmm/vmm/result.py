@@ -22,10 +22,10 @@ DEADLINE = "deadline"
 STOPPED = "stopped"
 PAUSED = "paused"
 
-RESUMABLE = frozenset((DEADLINE, STOPPED, PAUSED))
+RESUMABLE = frozenset((DEADLINE, STOPPED, PAUSED, MEMORY))
 """After these the guest can run on. `PAUSED` is for handlers: they answer `RunResult(PAUSED)` where
 the host wants to do something that takes a guest that does not run, `fork` for one. After `MEMORY`
-a `UserVM` can, too."""
+the host should free some first: otherwise the next run ends as this one did."""
 
 _EXIT_CODES = {
     FAULT: errors.EXIT_FAULT,

@@ -26,6 +26,8 @@ class RunStatistics:
         console_bytes, coalesced_bytes: What the guest printed, and how much of it without an exit.
         slot_violations: EPT violations that only registered a slot (`UserVM(lazy_slots=True)`).
         ignored_ports: Port accesses that nobody listens to.
+        served_again: Of the MMIO exits, how many times one was served once more: there had been no
+            memory for it.
         syscalls: System calls of programs in ring 3, unknown ones included.
         guest_ns, handler_ns: Time in KVM_RUN and in handlers; 0 unless `vcpu.timed` was set.
     """
@@ -33,8 +35,8 @@ class RunStatistics:
     __slots__ = (
         "allocated_bytes", "coalesced_bytes", "console_bytes", "emulated_faults", "executes",
         "exits", "guest_ns", "handler_ns", "ignored_ports", "mmio_faults", "n_slots", "page_faults",
-        "peak_bytes", "pma_hits", "pma_insertions", "reads", "refused", "slot_violations",
-        "syscalls", "used_bytes", "vma_lookups", "writes",
+        "peak_bytes", "pma_hits", "pma_insertions", "reads", "refused", "served_again",
+        "slot_violations", "syscalls", "used_bytes", "vma_lookups", "writes",
     )  # fmt: skip
 
     exits: dict[str, int]
@@ -57,6 +59,7 @@ class RunStatistics:
     ignored_ports: int
     syscalls: int
     slot_violations: int
+    served_again: int
     guest_ns: int
     handler_ns: int
 
@@ -64,7 +67,7 @@ class RunStatistics:
     def of(
         cls, vcpu: dict[str, Any], counters: Counters, arena: ArenaStatistics, *, n_slots: int,
         n_mmio: int, n_emulated_pages: int, n_page_faults: int, n_console_bytes: int,
-        n_syscalls: int = 0, n_slot_violations: int = 0,
+        n_syscalls: int = 0, n_slot_violations: int = 0, n_served_again: int = 0,
     ) -> RunStatistics:  # fmt: skip
         """Gather them from where they are counted."""
         self = cls()
@@ -81,6 +84,7 @@ class RunStatistics:
         self.coalesced_bytes = vcpu["coalesced_bytes"]
         self.ignored_ports = vcpu["ignored_ports"]
         self.syscalls, self.slot_violations = n_syscalls, n_slot_violations
+        self.served_again = n_served_again
         self.guest_ns, self.handler_ns = vcpu["guest_ns"], vcpu["handler_ns"]
         return self
 
@@ -100,7 +104,10 @@ class RunStatistics:
         return (
             self.faults == self.reads + self.writes + self.executes == self.vma_lookups
             and self.vma_lookups == self.pma_insertions + self.pma_hits + self.refused
-            and (self.slot_violations > 0 or self.mmio_faults == self.exits.get("mmio", 0))
+            and (
+                self.slot_violations > 0
+                or self.mmio_faults == self.exits.get("mmio", 0) + self.served_again
+            )
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -38,11 +38,25 @@ class LazySlots:
         """EPT violations served, however they came."""
         return self.n_mmio + self._provider.n_pages
 
-    def on_mmio(self, exit_: MmioExit) -> None:
-        """Register the slot, then perform the access."""
+    def on_mmio(self, exit_: MmioExit) -> bool:
+        """Register the slot, then perform the access.
+
+        Returns:
+            False: somebody has cut the file short, and not all of the bytes are there.
+        """
         self.n_mmio += 1
         self.handle_user_fault(exit_.gpa, WRITE if exit_.is_write else READ)
-        self._physical.complete(exit_)
+        window = self._physical.window_at(exit_.gpa)
+        if window is None or not window.file.may_fault:
+            self._physical.complete(exit_)
+            return True
+        fo = exit_.gpa - window.base
+        if exit_.is_write:
+            return window.file.write_from(fo, memoryview(exit_.data)) == exit_.size_bytes
+        data = bytearray(exit_.size_bytes)
+        n_bytes = window.file.read_into(fo, memoryview(data))
+        exit_.value = int.from_bytes(data, "little")
+        return n_bytes == exit_.size_bytes
 
     def restart(self, instruction: bytes) -> None:
         """Register the slots of what an instruction touches.

@@ -13,7 +13,13 @@ import errno
 import struct
 from typing import TYPE_CHECKING
 
-from kvmmm.errors import ArenaExhaustedError, GuestFaultError, MmError, SyscallError
+from kvmmm.errors import (
+    ArenaExhaustedError,
+    GuestFaultError,
+    KvmmmError,
+    MmError,
+    SyscallError,
+)
 from kvmmm.vmm import user_memory_calls
 
 if TYPE_CHECKING:
@@ -49,11 +55,11 @@ class Syscalls:
         self._vm = vm
         self.n_served = 0
         self._calls: dict[int, Call] = {
-            **user_memory_calls.NUMBERS,
+            **{number: _mapping(call) for number, call in user_memory_calls.NUMBERS.items()},
             SYS_WRITE: self._write,
             SYS_SCHED_YIELD: lambda _process, _args: vm.scheduler.yield_cpu(),
             SYS_GETPID: lambda process, _args: process.pid,
-            SYS_FORK: lambda process, _args: vm.scheduler.fork(process),
+            SYS_FORK: _mapping(lambda process, _args: vm.scheduler.fork(process)),
             SYS_EXIT: lambda process, args: vm.scheduler.end(process, args[0] & 0xFF),
             SYS_EXIT_GROUP: lambda process, args: vm.scheduler.end(process, args[0] & 0xFF),
             SYS_ARCH_PRCTL: self._arch_prctl,
@@ -122,3 +128,19 @@ class Syscalls:
             process.mm.copy_out(addr, struct.pack("<Q", base))
             return 0
         return -errno.EINVAL
+
+
+def _mapping(call: Call) -> Call:
+    """Have what a mappable says, one that is not ours, become -errno as well."""
+
+    def serve(process: Process, args: Args) -> object:
+        try:
+            return call(process, args)
+        except KvmmmError:
+            raise  # a refusal, or a defect: `serve` above knows which
+        except OSError as e:
+            if not e.errno:
+                raise
+            return -e.errno
+
+    return serve

@@ -14,7 +14,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmmm.arena import Arena
-from kvmmm.errors import ArenaExhaustedError, GuestFaultError, RangeError, StateError
+from kvmmm.errors import (
+    ArenaExhaustedError,
+    GuestBusError,
+    GuestFaultError,
+    RangeError,
+    StateError,
+)
+from kvmmm.hostarch.access import READ, WRITE
 from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, align_up
 from kvmmm.hostarch.units import parse_bytes
 from kvmmm.mm import MemoryManager
@@ -30,7 +37,6 @@ from kvmmm.vmm.console import Console
 from kvmmm.vmm.emulation import EmulationError
 from kvmmm.vmm.exit_handler import HAS_ERROR_CODE, PF, end_of
 from kvmmm.vmm.machine import Machine
-from kvmmm.vmm.result import MEMORY, RESUMABLE
 from kvmmm.vmm.statistics import RunStatistics
 from kvmmm.vmm.user_image import MAX_ADDR, MIN_ADDR, UserImage, read_user_image
 from kvmmm.vmm.user_process import Process, load_image, load_stack
@@ -44,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from kvmmm.memmap.file import Mappable
+    from kvmmm.safemem.ffi import MmioExit
     from kvmmm.vmm.result import RunResult
 
 DEFAULT_MEMORY = "64M"
@@ -82,9 +89,6 @@ class UserVM(Machine):
         KvmUnavailableError: No usable /dev/kvm.
         RangeError: More than one vCPU.
     """
-
-    # A fault for which no memory was left comes again.
-    _resumable = RESUMABLE | {MEMORY}
 
     def __init__(
         self, memory: int | str = DEFAULT_MEMORY, *, vcpus: int = 1,
@@ -125,7 +129,7 @@ class UserVM(Machine):
         vcpu.on_repeated = self._on_repeated
         vcpu.on_trap = self._on_trap
         vcpu.on_syscall = self._syscalls.serve
-        vcpu.on_mmio = self._slots.on_mmio
+        vcpu.on_mmio = self._on_mmio
         vcpu.on_cold = self._on_cold
 
     # ---- loading ----
@@ -231,7 +235,10 @@ class UserVM(Machine):
     def _prepare(self) -> None:
         pass
 
-    def _run_guest(self, timeout_ns: int) -> object:
+    def _managers(self) -> list[MemoryManager]:
+        return [process.mm for process in self.processes]
+
+    def _run_vcpu(self, timeout_ns: int) -> object:
         return self.scheduler.run(timeout_ns)
 
     def _is_broken(self) -> bool:
@@ -274,6 +281,22 @@ class UserVM(Machine):
         except OSError as e:
             return self._on_refused(e, addr)
         return None
+
+    def _on_mmio(self, exit_: MmioExit) -> RunResult | None:
+        if self._slots.on_mmio(exit_):
+            return None
+        # Its file was cut short between the #PF, which found a page there, and the access.
+        access = WRITE if exit_.is_write else READ
+        error = GuestBusError(self._addr_of(exit_.gpa), access)
+        return self._reporter.fault(error, is_past_store=exit_.is_write)
+
+    def _addr_of(self, gpa: int) -> int:
+        """Return where the process that runs has a frame of a file."""
+        for start, end, pma in self.mm.pmas:
+            base = self.physical.bases.get(pma.file)
+            if base is not None and start <= gpa - base - pma.delta < end:
+                return gpa - base - pma.delta
+        return gpa
 
     def _on_trap(self, vector: int, error_code: int) -> RunResult:
         code = error_code if vector in HAS_ERROR_CODE else None
