@@ -15,9 +15,9 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kvmmm.errors import ArenaExhaustedError, GuestFaultError
+from kvmmm.errors import ArenaExhaustedError
 from kvmmm.hostarch.access import READ, READ_WRITE, WRITE
-from kvmmm.hostarch.ranges import AddrRange, FileRange
+from kvmmm.hostarch.ranges import FileRange
 from tests.hammer.guest import PAGE, POISON
 from tests.hammer.watch import Graveyard, Still, Violation, difference, page_of, say
 
@@ -100,7 +100,10 @@ class Cells:
         for c in range(i, j):
             still = self._stills.pop(c, None)
             if still is not None:
-                still.end()
+                try:
+                    still.check()
+                finally:
+                    still.let_go()
 
     def check(self) -> None:
         for still in self._stills.values():
@@ -251,3 +254,10 @@ class Cells:
             else:
                 found.append((c, c + 1))
         return found
+
+    def end(self) -> None:
+        """Let go of stills and graves."""
+        for still in self._stills.values():
+            still.let_go()
+        self._stills.clear()
+        self.graveyard.give_back(0)

@@ -96,8 +96,7 @@ class Children:
         mm = parent.mm if parent is not None else self.cells.mm
         space = self.machine.new_space()
         with self.cells.dropping("fork"):
-            forked = mm.fork(space)
-        child = Child(forked, space, self.cells, parent)
+            child = Child(mm.fork(space), space, self.cells, parent)
         self.alive.append(child)
         if self.machine.hops:
             self._keep_private(child)
@@ -188,9 +187,7 @@ class Children:
         """Move the hopper to the parent."""
         self.look_around()
         in_handler = self.rng.random() < 0.5
-        self.machine.hop(
-            _HOPPER, self.machine.mm, self.machine.space, in_handler=in_handler
-        )
+        self.machine.hop(_HOPPER, self.machine.mm, self.machine.space, in_handler=in_handler)
         self._home = None
         return "back", in_handler
 
@@ -207,7 +204,7 @@ class Children:
                     continue
                 fo = addr + found[2].delta
                 for word in struct.unpack("<3Q", self.cells.arena.view[fo : fo + 24]):
-                    vcpu, turn = word >> TURN_BITS & 15, word & (1 << TURN_BITS) - 1
+                    vcpu, turn = word >> TURN_BITS & 3, word & (1 << TURN_BITS) - 1
                     if vcpu == _HOPPER and turn > self._left_in_turn:
                         raise Violation(
                             f"in cell {c} of the parent stands {say(word)}, who left it in turn "
@@ -229,5 +226,6 @@ class Children:
         return (child, chosen) if chosen else None
 
     def end(self) -> None:
+        """Let go of all; no vCPU runs any more."""
         while self.alive:
-            self.close()
+            self.alive.pop().close()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from kvmmm.mm.debug import check_invariants
 from tests.hammer.cells import N_CELLS, Cells
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _TURNS_EVERY, _INVARIANTS_EVERY = 16, 256
+_AWAITED, _BUSY_S = 0.8, 0.005
+"""How often the next operation waits until the vCPUs are at work, and how long at most."""
+_ENCOURAGED = 0.3
+"""How often a vCPU tries again what was refused; in between it has time for the rest."""
 
 
 class Hammer:
@@ -33,17 +37,21 @@ class Hammer:
 
     Attributes:
         history: What was done lately.
+        counts: How often, by name.
         n_turns: Turns that the vCPUs have made.
+        n_overlaps: Rounds that began with all vCPUs in the guest.
     """
 
     def __init__(self, machine: Any, seed: int, *, can_fork: bool = True) -> None:
         self.machine = machine
+        self.seed = seed
         self.rng = random.Random(seed)
         self.cells = Cells(machine, self.rng)
         self.operations = Operations(self.cells)
         self.children = Children(self.cells)
         self.history: deque[str] = deque(maxlen=20)
         self.counts: dict[str, int] = {}
+        self.n_overlaps = 0
         ops, children = self.operations, self.children
         weighted: list[tuple[int, Callable[[], object]]] = [
             (8, ops.unmap), (10, ops.map), (6, ops.map_absent), (12, ops.protect), (3, ops.allow),
@@ -71,18 +79,33 @@ class Hammer:
             for number in range(n_rounds):
                 self._round(number)
             self._wait_for_turns()
-            self.children.end()
             self.machine.stop()
-            self.operations.end()
+            self.children.check()
+            self.cells.check()
             self._check_guests(has_stopped=True)
+            self._check_invariants()
         except Violation as e:
             raise Violation(self._report(e)) from None
         except Exception as e:
             raise AssertionError(self._report(e)) from e
-        finally:
-            self.machine.stop()
+
+    def close(self) -> None:
+        """Stop, and let go of everything; no frame must be left. Nothing is checked any more."""
+        self.machine.stop()
+        self.operations.end()
+        self.children.end()
+        self.cells.end()
+        self.machine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def _round(self, number: int) -> None:
+        if self.rng.random() < _AWAITED:
+            self._wait_until_busy()
         operation = self.rng.choices(self._choices, self._weights)[0]
         name = f"{type(operation.__self__).__name__}.{operation.__name__}"  # type: ignore[attr-defined]
         self.history.append(f"{number}: {name}")
@@ -91,12 +114,23 @@ class Hammer:
         self.history[-1] += f" {'' if done is None else done}"
         self.cells.check()
         self._check_guests()
-        if self.rng.random() < 0.5:
-            time.sleep(self.rng.random() * 0.0002)
+        if self.rng.random() < _ENCOURAGED:
+            for stamper in self.machine.stampers:
+                stamper.encourage()
         if number % _TURNS_EVERY == 0:
             self._wait_for_turns()
         if number % _INVARIANTS_EVERY == 0:
             self._check_invariants()
+
+    def _wait_until_busy(self) -> None:
+        # All vCPUs have what they need, and turn: so that there is something to take away.
+        deadline = time.monotonic() + _BUSY_S
+        for stamper in self.machine.stampers:
+            turn = stamper.turn
+            while stamper.turn < turn + 3 and time.monotonic() < deadline:
+                time.sleep(0.00002)
+        if all(stamper.is_in_guest for stamper in self.machine.stampers):
+            self.n_overlaps += 1
 
     def _check_invariants(self) -> None:
         # References are counted, too: so we let go of ours.
@@ -120,5 +154,5 @@ class Hammer:
         return sum(stamper.turn for stamper in self.machine.stampers)
 
     def _report(self, e: BaseException) -> str:
-        lines = [f"{type(e).__name__}: {e}", "", "the last operations:", *self.history]
-        return "\n".join(lines)
+        who = f"{len(self.machine.stampers)} vCPUs, seed {self.seed}"
+        return "\n".join((f"{e!r}" if not str(e) else str(e), who, "lately:", *self.history))

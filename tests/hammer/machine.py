@@ -1,21 +1,20 @@
 """`UserMachine`: a VM whose vCPUs stamp a region in ring 3, through page tables.
 
-    CODE     the guest's code
-    OWN      one page a vCPU, shared anonymous memory
-    REGION   what is hammered: N_CELLS cells, a stride apart
-    PARK     as much, where cells are moved to, and where no vCPU looks
+CODE     the guest's code
+OWN      one page a vCPU, shared anonymous memory
+REGION   what is hammered: N_CELLS cells, a stride apart
+PARK     as much, where cells are moved to, and where no vCPU looks
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from typing import TYPE_CHECKING, Any
 
 from kvmmm.arena import Arena
 from kvmmm.errors import GuestFaultError
-from kvmmm.hostarch.access import READ_EXECUTE, READ_WRITE
+from kvmmm.hostarch.access import READ_EXECUTE, READ_WRITE, WRITE
 from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.memmap.host_file import HostFile
 from kvmmm.memmap.shared_memory import SharedMemory
@@ -26,13 +25,22 @@ from kvmmm.platform.kvm.kernel_half import KernelHalf
 from kvmmm.platform.kvm.page_table_space import PageTableAddressSpace
 from kvmmm.platform.kvm.vm import Vm
 from kvmmm.safemem.ffi import lib
-from tests.hammer.guest import BAD_PORT, CODE, FORGETFUL_CODE, NEXT, PAGE, registers
+from tests.hammer.guest import (
+    BAD_PORT,
+    CODE,
+    FORGETFUL_CODE,
+    LEAVE_ALONE,
+    N_CELLS,
+    NEXT,
+    ONLY_READ,
+    PAGE,
+    registers,
+)  # fmt: skip
 from tests.hammer.stamper import Stamper
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-N_CELLS = 64
 CODE_ADDR, OWN = 0x40_0000, 0x60_0000
 REGION, PARK, KEPT = 1 << 40, 2 << 40, 3 << 40
 _ARENA_BYTES = 1 << 30
@@ -139,6 +147,8 @@ class UserMachine:
             if not REGION <= addr < REGION + N_CELLS * self.stride_bytes:
                 raise
             self.n_refused += 1
+            cell = (addr - REGION) // self.stride_bytes
+            self.stampers[number].give_up(cell, ONLY_READ if access == WRITE else LEAVE_ALONE)
             vcpu.regs.rip = CODE_ADDR + NEXT
         self._nap()
         return None
@@ -158,6 +168,7 @@ class UserMachine:
         stamper = self.stampers[number]
         while self._wanted[number] is not None and not stamper.has_ended:
             # There is a fault sooner or later; sooner, if the cache that a space is is emptied.
+            stamper.encourage()
             inside = self._inside[number]
             with inside.active_lock:
                 inside.address_space.unmap(

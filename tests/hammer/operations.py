@@ -266,9 +266,6 @@ class Operations:
         return None
 
     def end(self) -> None:
-        """Let go of everything."""
+        """Let go of the pins."""
         while self._pins:
             self._pins.pop().release()
-        self.cells.thaw(0, N_CELLS)
-        self.cells.check()
-        self.cells.graveyard.give_back(0)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from kvmmm.errors import IoctlError
 from kvmmm.safemem.ffi import lib
-from tests.hammer.guest import TURN_BITS
+from tests.hammer.guest import FLAGS_OFFSET, N_CELLS, TURN_BITS
 from tests.hammer.watch import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 RUN_S = 300
-_STOPPED = -lib.KVMMM_STOP_REQUEST
+STOP = -lib.KVMMM_STOP_REQUEST
 _MAX_FAILED_IN_A_TURN = 500
 
 
@@ -68,7 +68,7 @@ class Stamper:
                 self.n_failed += 1
                 self._on_failure()
                 continue
-            if answer != _STOPPED or self._is_ending:
+            if answer != STOP or self._is_ending:
                 return answer
             self.n_stops += 1
 
@@ -77,6 +77,18 @@ class Stamper:
         """How many turns it has begun."""
         word = int(struct.unpack_from("<Q", self._own_page)[0])
         return word & (1 << TURN_BITS) - 1
+
+    @property
+    def is_in_guest(self) -> bool:
+        return bool(self.vcpu.in_guest)
+
+    def give_up(self, cell: int, flag: int) -> None:
+        """Have it not try that again, until it is encouraged."""
+        self._own_page[FLAGS_OFFSET + 8 * cell] |= flag
+
+    def encourage(self) -> None:
+        """Have it try everything again."""
+        self._own_page[FLAGS_OFFSET : FLAGS_OFFSET + 8 * N_CELLS] = bytes(8 * N_CELLS)
 
     def wait_for_turns(self, n: int, seconds: float = 60.0) -> bool:
         """Wait for `n` turns more; False if it has ended, or does not get there."""
@@ -112,8 +124,10 @@ class Stamper:
         if isinstance(self.answer, BaseException):
             return f"the vCPU's thread ended: {self.answer!r}"
         regs = self.vcpu.regs
+        more = getattr(self.answer, "report", "")
         return (
             f"the vCPU ended with {self.answer!r} at {regs.rip:#x}: cell at {regs.rsi:#x} holds "
             f"{say(regs.rax)}, expected are stamps of cell {regs.r8 & 0xFFFF}; compared with "
             f"{say(regs.rcx)}, turn {regs.r13 & (1 << TURN_BITS) - 1}"
+            + (f"\n{more}" if more else "")
         )

@@ -35,7 +35,7 @@ def say(word: int) -> str:
         return "poison"
     if word >> 48 != MAGIC:
         return f"{word:#x}"
-    vcpu, turn = word >> TURN_BITS & 15, word & (1 << TURN_BITS) - 1
+    vcpu, turn = word >> TURN_BITS & 3, word & (1 << TURN_BITS) - 1
     return f"the stamp of cell {word >> 32 & 0xFFFF} by vCPU {vcpu} in turn {turn}"
 
 
@@ -73,12 +73,8 @@ class Still:
                 + difference(self._bytes, now)
             )
 
-    def end(self) -> None:
-        fr = FileRange(self._fo, self._fo + PAGE)
-        try:
-            self.check()
-        finally:
-            self._file.dec_ref(fr)
+    def let_go(self) -> None:
+        self._file.dec_ref(FileRange(self._fo, self._fo + PAGE))
 
 
 class Graveyard:

@@ -27,7 +27,7 @@ def cpu_loads(w: World, who: int, at: int, offset: int, length: int) -> None:
     fault = m.model.reach(addr, length, READ)
     data, error = w.attempt(lambda: w.backend.load(m.mm, addr, length))
     w.same_fault(error, fault)
-    assert fault is not None or m.model.sees(addr, data), f"{data.hex()} at {addr:#x}"
+    assert fault is not None or m.model.sees(addr, data), f"{data[:64].hex()} at {addr:#x}"
 
 
 @rule(9, who=WHO, at=AT, offset=OFFSET, length=LENGTH, seed=SEED)
@@ -138,8 +138,10 @@ def populate(w: World, who: int, at: int, count: int) -> None:
         lambda: m.mm.populate(page * PAGE, count * PAGE) or True,
         lambda: m.model.populate(page * PAGE, count * PAGE) or True,
     )
-    assert not done or all(
-        m.mm.address_space.is_mapped(p * PAGE, READ) for p in range(page, page + count)
+    assert (
+        not done
+        or w.backend.may_evict
+        or all(m.mm.address_space.is_mapped(p * PAGE, READ) for p in range(page, page + count))
     )
 
 

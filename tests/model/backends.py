@@ -24,6 +24,10 @@ CODE = b"\xe6\xb0"
 """Out 0xb0, al: what a CPU can fetch and run anywhere, and it ends there."""
 
 
+ARENA_BYTES = 128 << 20
+"""Four spaces need less; it is `World.hoarding` that leaves them a few pages."""
+
+
 class Backend:
     """One kind of address space, any number of them over one arena, and a CPU for each or for all.
 
@@ -35,10 +39,11 @@ class Backend:
         is_atomic: A store of 1, 2, 4 or 8 bytes that is refused has stored nothing.
         has_exact_faults: A fault's address is that of the first byte that cannot be accessed; else
             its page is.
+        may_evict: Translations may go by themselves, so many there can be.
     """
 
     hoods: Sequence[int] = ()
-    is_torn = is_atomic = False
+    is_torn = is_atomic = may_evict = False
     has_exact_faults = True
     arena: Arena
     max_addr: int
@@ -133,7 +138,7 @@ class FakeBackend(Backend):
         self._walks_frames = walks_frames
         self._map_unit_pages = map_unit_pages
         self._has_home = has_home
-        self.arena = Arena(self.max_addr + (256 << 20) if has_home else 256 << 20)
+        self.arena = Arena(ARENA_BYTES + (self.max_addr if has_home else 0))
 
     def new_space(self) -> FakeSpace:
         return FakeSpace(

@@ -21,7 +21,7 @@ from kvmmm.platform.kvm.page_table_space import PageTableAddressSpace
 from kvmmm.platform.kvm.vm import Vm
 from kvmmm.safemem.ffi import lib
 from kvmmm.vmm.user_slots import LazySlots
-from tests.model.backends import CODE, Backend
+from tests.model.backends import ARENA_BYTES, CODE, Backend
 
 if TYPE_CHECKING:
     from kvmmm.hostarch.ranges import FileRange
@@ -101,7 +101,7 @@ class PageTableBackend(Backend):
     ) -> None:
         self._map_unit_bytes = map_unit_pages * PAGE_BYTES
         self._max_leaf_bytes = max_leaf_pages * PAGE_BYTES or None
-        self.arena = Arena(256 << 20)
+        self.arena = Arena(ARENA_BYTES)
         self.vm = Vm()
         self.physical = GuestPhysical(self.vm, self.arena, lazy_slots=lazy_slots)
         self._half = KernelHalf(self.physical)
@@ -120,7 +120,7 @@ class PageTableBackend(Backend):
         self._guest = Guest(vcpu, self.arena, self._frames, self.CODE_GVA)
         self._slots = LazySlots(self.physical, vcpu)
         vcpu.on_fault = self._on_fault
-        vcpu.on_mmio = self._slots.on_mmio
+        vcpu.on_mmio = self._on_mmio
         vcpu.on_trap = lambda vector, code: f"trap {vector}, {code:#x}"
         vcpu.on_cold = self._on_cold
         self._is_loaded = False
@@ -157,6 +157,9 @@ class PageTableBackend(Backend):
     def _on_fault(self, addr: int, access: int) -> Exception | None:
         assert self._running is not None
         return _served(self._running, addr, access)
+
+    def _on_mmio(self, exit_: MmioExit) -> object:
+        return None if self._slots.on_mmio(exit_) else "a file that is cut"
 
     def _on_cold(self, reason: int) -> object:
         exit_ = exits.decode(self._guest.vcpu, reason)
@@ -286,7 +289,8 @@ class MemslotBackend(Backend):
 
     def __init__(self, *, max_memslots: int = 0) -> None:
         self._max_memslots = max_memslots or None
-        self.arena = Arena(512 << 20)
+        self.may_evict = bool(max_memslots)
+        self.arena = Arena(ARENA_BYTES)
         self._free: list[Machine] = []
         self._made: list[Machine] = []
 

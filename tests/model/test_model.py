@@ -19,6 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from kvmmm.mm import debug
 from tests.conftest import IS_SLOW_MACHINE
 from tests.model.rules import RULES
 from tests.model.start import COMMON, OPTIONS, start
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 N_STEPS = {"fake": 14_000, "page tables": 4_000, "memslots": 2_000}
 STEPS_IN_A_RUN = 50
-# Inside the emulated machine a few of each.
-MAX_RUNS = 3 if IS_SLOW_MACHINE else 1_000_000
+# Inside the emulated machine, and with every operation checked twice, a few of each.
+MAX_RUNS = 3 if IS_SLOW_MACHINE else 30 if debug.ENABLED else 1_000_000
 
 
 class Machine(RuleBasedStateMachine):
@@ -106,11 +107,11 @@ def machine(kind: str) -> type[Machine]:
 )
 def test_memory_is_what_the_model_says(kind: str):
     memory = machine(kind)
-    # Some more than is needed: a run may be cut short, when its choices are too many.
-    n_runs = min(-(-N_STEPS[kind] * 21 // (STEPS_IN_A_RUN * 20)), MAX_RUNS)
+    # More than it takes: a run may be cut short, when its choices are too many.
+    n_runs = min(N_STEPS[kind] * 5 // (STEPS_IN_A_RUN * 4), MAX_RUNS)
     run_state_machine_as_test(
         memory,
         settings=settings(max_examples=n_runs, stateful_step_count=STEPS_IN_A_RUN, deadline=None),
     )
     print(f"{memory.n_steps} steps over {kind}")  # noqa: T201
-    assert memory.n_steps >= min(N_STEPS[kind], n_runs * 10)
+    assert memory.n_steps >= (N_STEPS[kind] if n_runs < MAX_RUNS else 10)

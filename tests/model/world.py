@@ -127,7 +127,10 @@ class World:
 
     def fork(self, parent: Member) -> bool:
         """Fork; False where there was no memory for it, and nothing happened."""
-        space = self.backend.new_space()
+        try:
+            space = self.backend.new_space()
+        except ArenaExhaustedError:
+            return False
         try:
             mm = parent.mm.fork(space)
         except ArenaExhaustedError:
