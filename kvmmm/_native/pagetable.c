@@ -301,6 +301,12 @@ unsigned kvmmm_pt_unmap(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes)
     return go_unmap(t);
 }
 
+/* What keeps its frame and loses no permission may be used on. */
+static bool is_stale(uint64_t old, uint64_t new)
+{
+    return (old & P) && ((old ^ new) & ADDRESS || (old & ~new & W) || (new & ~old & NX));
+}
+
 static bool add_stale(struct kvmmm_pt_stale *stale, uint64_t gpa)
 {
     stale->n_pages++;
@@ -361,15 +367,17 @@ int kvmmm_pt_map_leaves(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes, uint
             continue;
         if (level > 1)
             return -1;
-        /* What keeps its frame and loses no permission may be used on. */
-        if (frame == (new & ADDRESS) && !((old & ~new & W) | (new & ~old & NX)))
+        if (!is_stale(old, new))
             continue;
         if (frame < low_gpa || frame >= high_gpa || !add_stale(stale, frame))
             return -1;
     }
     for (uint64_t i = 0; i < n; i++, leaf += span_of(level))
-        store(&e[i], leaf);
-    return 0;
+        if (!stale->n_runs)
+            store(&e[i], leaf);
+        else if (is_stale(e[i], leaf))
+            store(&e[i], 0);
+    return stale->n_runs ? 1 : 0;
 }
 
 unsigned kvmmm_pt_protect(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes, uint64_t flags)

@@ -66,9 +66,14 @@ struct kvmmm_pt_stale {
     struct { uint64_t start, end; } runs[KVMMM_PT_MAX_STALE];
 };
 
-/* kvmmm_pt_map for leaves that lie side by side in one table that is there already: 0, with @p stale for
- * the caller to shoot down. Otherwise -1 and nothing is done; also when a large leaf is there, when
- * a stale frame lies outside [low_gpa, high_gpa), and when those are scattered. */
+/* kvmmm_pt_map for leaves that lie side by side in one table that is there already: 0 when it is done.
+ *
+ * 1 when entries led to other frames, or permitted more: they are gone, and nothing is mapped yet. The
+ * caller shoots @p stale down and calls again. For what one CPU stores through a new entry, another must
+ * not look for through the old one (Linux mm/memory.c, wp_page_copy: ptep_clear_flush first).
+ *
+ * Otherwise -1 and nothing is done: a large leaf is there, a stale frame lies outside
+ * [low_gpa, high_gpa), or those are scattered. */
 int kvmmm_pt_map_leaves(struct kvmmm_pt *t, uint64_t gva, uint64_t n_bytes, uint64_t gpa, uint64_t flags,
                         uint64_t low_gpa, uint64_t high_gpa, struct kvmmm_pt_stale *stale);
 

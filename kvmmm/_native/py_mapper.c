@@ -80,12 +80,19 @@ static PyObject *mapper_map(PyObject *op, PyObject *const *args, Py_ssize_t n)
     if (PyErr_Occurred())
         return NULL;
     struct kvmmm_pt_stale stale;
-    if (perms > 7 || kvmmm_pt_map_leaves(self->tables, addr, n_bytes, gpa + fo, self->flags[perms], self->low_gpa,
-                                         self->high_gpa, &stale))
-        return Py_NewRef(Py_False);
-    self->n_pages += (long long)(n_bytes >> 12) - stale.n_pages;
-    int rc = stale.n_runs && self->drops ? shoot_down(self, &stale) : 0;
-    return rc ? py_raise_errno(-rc) : Py_NewRef(Py_True);
+    for (int rc = 1; rc;) {
+        rc = perms > 7 ? -1
+                       : kvmmm_pt_map_leaves(self->tables, addr, n_bytes, gpa + fo, self->flags[perms],
+                                             self->low_gpa, self->high_gpa, &stale);
+        if (rc < 0)
+            return Py_NewRef(Py_False);
+        self->n_pages -= stale.n_pages;
+        int err = rc && self->drops ? shoot_down(self, &stale) : 0;
+        if (err)
+            return py_raise_errno(-err);
+    }
+    self->n_pages += (long long)(n_bytes >> 12);
+    return Py_NewRef(Py_True);
 }
 
 static PyObject *mapper_take(PyObject *op, PyObject *ignored)

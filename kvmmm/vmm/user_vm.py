@@ -274,7 +274,9 @@ class UserVM(Machine):
     def _on_repeated(self, addr: int, access: int) -> RunResult | None:
         # So many times in a row, and the tables allow it: something else forbids the access.
         process = self.process
-        if process.space.is_mapped(addr, access):
+        with process.mm.active_lock:  # tables are walked
+            is_mapped = process.space.is_mapped(addr, access)
+        if is_mapped:
             return self._reporter.exception_at(PF, None, addr)
         try:
             process.mm.handle_user_fault(addr, access)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from kvmmm.mm.debug import check_invariants
 from tests.hammer.cells import N_CELLS, Cells
 from tests.hammer.children import Children
+from tests.hammer.disturber import Disturber
 from tests.hammer.operations import Operations
 from tests.hammer.watch import Violation
 
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _TURNS_EVERY, _INVARIANTS_EVERY = 16, 256
-_AWAITED, _BUSY_S = 0.8, 0.005
-"""How often the next operation waits until the vCPUs are at work, and how long at most."""
+_AWAITED, _BUSY_S = 0.7, 0.003
+_ROUND_S = 0.006
+"""How often the next operation waits until the vCPUs are at work, how long at most, and how long a
+round may take on the whole: with nobody else on the machine it is half of that."""
 _ENCOURAGED = 0.3
 """How often a vCPU tries again what was refused; in between it has time for the rest."""
 
@@ -49,9 +52,11 @@ class Hammer:
         self.cells = Cells(machine, self.rng)
         self.operations = Operations(self.cells)
         self.children = Children(self.cells)
+        self.disturber = Disturber(machine, seed)
         self.history: deque[str] = deque(maxlen=20)
         self.counts: dict[str, int] = {}
         self.n_overlaps = 0
+        self._started = 0.0
         ops, children = self.operations, self.children
         weighted: list[tuple[int, Callable[[], object]]] = [
             (8, ops.unmap), (10, ops.map), (6, ops.map_absent), (12, ops.protect), (3, ops.allow),
@@ -76,9 +81,12 @@ class Hammer:
             for stamper in self.machine.stampers:
                 stamper.start()
             self._wait_for_turns()
+            self.disturber.start()
+            self._started = time.monotonic()
             for number in range(n_rounds):
                 self._round(number)
             self._wait_for_turns()
+            self.disturber.end()
             self.machine.stop()
             self.children.check()
             self.cells.check()
@@ -91,6 +99,7 @@ class Hammer:
 
     def close(self) -> None:
         """Stop, and let go of everything; no frame must be left. Nothing is checked any more."""
+        self.disturber.end()
         self.machine.stop()
         self.operations.end()
         self.children.end()
@@ -104,7 +113,7 @@ class Hammer:
         self.close()
 
     def _round(self, number: int) -> None:
-        if self.rng.random() < _AWAITED:
+        if self.rng.random() < _AWAITED and time.monotonic() < self._started + number * _ROUND_S:
             self._wait_until_busy()
         operation = self.rng.choices(self._choices, self._weights)[0]
         name = f"{type(operation.__self__).__name__}.{operation.__name__}"  # type: ignore[attr-defined]
@@ -145,6 +154,8 @@ class Hammer:
                 raise Violation(f"vCPU {number} does not get on, in turn {stamper.turn}")
 
     def _check_guests(self, *, has_stopped: bool = False) -> None:
+        if self.disturber.error is not None:
+            raise Violation(f"the host's other thread: {self.disturber.error!r}")
         for number, stamper in enumerate(self.machine.stampers):
             if stamper.has_ended and not (has_stopped and isinstance(stamper.answer, int)):
                 raise Violation(f"vCPU {number}: {stamper.last_words()}")

@@ -39,7 +39,7 @@ class Backend:
         is_atomic: A store of 1, 2, 4 or 8 bytes that is refused has stored nothing.
         has_exact_faults: A fault's address is that of the first byte that cannot be accessed; else
             its page is.
-        may_evict: Translations may go by themselves, so many there can be.
+        may_evict: There is room for few translations: those of one call may drop others.
     """
 
     hoods: Sequence[int] = ()
