@@ -17,6 +17,17 @@ GOALS = {
     "exits/console_latency": ("ms", 20),
     "paging/touch_64m": ("ratio", 1.2),
     "paging/touch_64m_fresh": ("ratio", 1.1),
+    "mm/find_scaling": ("ratio", 2),
+    "mm/find_100k": ("ratio", 5),
+    "mm/fault_scaling": ("ratio", 2.5),
+    "mm/unmap_scaling": ("ratio", 2.5),
+    "mm/ring3_fault": ("ratio", 1.25),
+    "mm/ring3_fault_handler": ("ns", 8000),
+    "mm/ring3_fault_handler_alloc": ("ns", 15000),
+    "mm/cow_break_page": ("ratio", 1.3),
+    "mm/cow_break_window": ("ratio", 1.15),
+    "mm/fork_1g": ("ms", 5),
+    "mm/fork_after": ("ratio", 1.5),
 }
 
 
@@ -47,7 +58,7 @@ def test_one_case_can_be_asked_for() -> None:
 
 @pytest.mark.parametrize("name", ["nonsense", "exits/nonsense", "", "nonsense/pio"])
 def test_an_unknown_name_lists_those_that_there_are(name: str) -> None:
-    with pytest.raises(UnknownBenchmarkError, match="startup, exits, paging, all") as caught:
+    with pytest.raises(UnknownBenchmarkError, match="startup, exits, paging, mm, all") as caught:
         groups_of(name)
 
     assert caught.value.name == name

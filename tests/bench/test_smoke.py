@@ -33,6 +33,8 @@ pytestmark = [
         "startup/first_exit",
         "exits/pio",
         "exits/console_lines",
+        "mm/find_100k",
+        "mm/cow_break_page",
         pytest.param("paging/touch_64m", marks=pytest.mark.slow),
     ],
 )
