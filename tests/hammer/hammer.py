@@ -27,16 +27,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _TURNS_EVERY, _INVARIANTS_EVERY = 16, 256
-_AWAITED, _BUSY_S = 0.7, 0.003
-_ROUND_S = 0.006
-"""How often the next operation waits until the vCPUs are at work, how long at most, and how long a
-round may take on the whole: with nobody else on the machine it is half of that."""
+_AWAITED = 0.7
+"""How often the next operation waits until the vCPUs are at work; half a round's time at most."""
 _ENCOURAGED = 0.3
 """How often a vCPU tries again what was refused; in between it has time for the rest."""
 
 
 class Hammer:
     """One machine under the hammer.
+
+    Args:
+        machine: A `UserMachine` or a `KernelMachine`.
+        seed: Chooses operations, ranges and pauses; the vCPUs do as they like.
+        round_s: When rounds take longer on the average, none waits for the vCPUs any more.
+        can_fork: Whether its memory can be forked under running vCPUs.
 
     Attributes:
         history: What was done lately.
@@ -45,7 +49,9 @@ class Hammer:
         n_overlaps: Rounds that began with all vCPUs in the guest.
     """
 
-    def __init__(self, machine: Any, seed: int, *, can_fork: bool = True) -> None:
+    def __init__(
+        self, machine: Any, seed: int, *, round_s: float = 0.006, can_fork: bool = True
+    ) -> None:
         self.machine = machine
         self.seed = seed
         self.rng = random.Random(seed)
@@ -56,7 +62,7 @@ class Hammer:
         self.history: deque[str] = deque(maxlen=20)
         self.counts: dict[str, int] = {}
         self.n_overlaps = 0
-        self._started = 0.0
+        self._round_s, self._started = round_s, 0.0
         ops, children = self.operations, self.children
         weighted: list[tuple[int, Callable[[], object]]] = [
             (8, ops.unmap), (10, ops.map), (6, ops.map_absent), (12, ops.protect), (3, ops.allow),
@@ -113,7 +119,10 @@ class Hammer:
         self.close()
 
     def _round(self, number: int) -> None:
-        if self.rng.random() < _AWAITED and time.monotonic() < self._started + number * _ROUND_S:
+        if (
+            self.rng.random() < _AWAITED
+            and time.monotonic() < self._started + number * self._round_s
+        ):
             self._wait_until_busy()
         operation = self.rng.choices(self._choices, self._weights)[0]
         name = f"{type(operation.__self__).__name__}.{operation.__name__}"  # type: ignore[attr-defined]
@@ -133,7 +142,7 @@ class Hammer:
 
     def _wait_until_busy(self) -> None:
         # All vCPUs have what they need, and turn: so that there is something to take away.
-        deadline = time.monotonic() + _BUSY_S
+        deadline = time.monotonic() + self._round_s / 2
         for stamper in self.machine.stampers:
             turn = stamper.turn
             while stamper.turn < turn + 3 and time.monotonic() < deadline:

@@ -47,15 +47,16 @@ def nap() -> None:
 
 @pytest.fixture
 def hammered(is_slow_machine: bool) -> Callable[..., None]:
-    """Hammer a machine; fewer rounds where the machine of the machine is slow."""
+    """Hammer a machine; fewer rounds where Python is slow."""
 
     def hammer(machine: Any, n_rounds: int, *, seed: int, n_slow: int = 60, **options: Any) -> None:
         if is_slow_machine:
             n_rounds = n_slow
+            options["round_s"] = 0.1
         with Hammer(machine, seed, **options) as one:
             one.run(n_rounds)
             assert one.n_turns > n_rounds // 10  # it was no still life, even where ring 0 is slow
-            assert one.n_overlaps > n_rounds // 10
+            assert one.n_overlaps >= n_rounds // 20
             assert min(one.counts.values()) > 0
 
     return hammer
@@ -64,13 +65,13 @@ def hammered(is_slow_machine: bool) -> Callable[..., None]:
 @pytest.mark.npt
 @pytest.mark.slow
 def test_one_vcpu(hammered: Hammering):
-    hammered(UserMachine(1, nap=nap), 10_000, seed=1, n_slow=250)
+    hammered(UserMachine(1, nap=nap), 10_000, seed=1, n_slow=400)
 
 
 @pytest.mark.npt
 @pytest.mark.slow
 def test_two_vcpus(hammered: Hammering):
-    hammered(UserMachine(2, fills=True, nap=nap), 10_000, seed=2, n_slow=250)
+    hammered(UserMachine(2, fills=True, nap=nap), 10_000, seed=2, n_slow=400)
 
 
 @pytest.mark.npt

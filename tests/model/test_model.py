@@ -35,7 +35,7 @@ N_FAKE = 4
 """So often over the fake one, from different seeds."""
 STEPS_IN_A_RUN = 50
 # Inside the emulated machine, and with every operation checked twice, a few of each.
-MAX_RUNS = 20 if IS_SLOW_MACHINE else 30 if debug.ENABLED else 1_000_000
+MAX_RUNS = 3 if IS_SLOW_MACHINE else 30 if debug.ENABLED else 1_000_000
 
 
 class Machine(RuleBasedStateMachine):
