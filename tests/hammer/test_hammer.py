@@ -89,7 +89,8 @@ def test_superpages(hammered: Hammering):
 
 def test_many_tables(hammered: Hammering):
     """A table for each cell: they come and go, wait, and are used again."""
-    hammered(UserMachine(2, HUGE, hops=True, nap=nap), 600, seed=5, n_slow=30)
+    machine = UserMachine(2, HUGE, hops=True, nap=nap)
+    hammered(machine, 600, seed=5, n_slow=30, round_s=0.04)
 
 
 @pytest.mark.npt
