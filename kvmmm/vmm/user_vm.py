@@ -285,20 +285,42 @@ class UserVM(Machine):
         return None
 
     def _on_mmio(self, exit_: MmioExit) -> RunResult | None:
-        if self._slots.on_mmio(exit_):
+        # The CPU has found an entry, and no slot. Whoever takes entries away comes after the
+        # access, and waits, or has come first.
+        mm, access = self.mm, WRITE if exit_.is_write else READ
+        with mm.active_lock:
+            addr, is_allowed = self._place_of(exit_.gpa, access)
+            is_ours = is_allowed or self.physical.window_at(exit_.gpa) is None
+            if is_ours and self._slots.on_mmio(exit_):
+                return None
+        if addr is not None and is_allowed:
+            # Its file was cut short between the #PF, which found a page there, and the access.
+            error = GuestBusError(addr, access)
+            return self._reporter.fault(error, is_past_store=exit_.is_write)
+        if addr is None:
+            # The frame was given up meanwhile: as if the access had come just before.
+            if not exit_.is_write:
+                exit_.value = 0
             return None
-        # Its file was cut short between the #PF, which found a page there, and the access.
-        access = WRITE if exit_.is_write else READ
-        error = GuestBusError(self._addr_of(exit_.gpa), access)
-        return self._reporter.fault(error, is_past_store=exit_.is_write)
+        try:
+            if exit_.is_write:
+                mm.copy_out(addr, exit_.data)
+            else:
+                exit_.value = int.from_bytes(mm.read(addr, exit_.size_bytes), "little")
+        except GuestFaultError as e:
+            return self._reporter.fault(e, is_past_store=exit_.is_write)
+        return None
 
-    def _addr_of(self, gpa: int) -> int:
-        """Return where the process that runs has a frame of a file."""
+    def _place_of(self, gpa: int, access: int) -> tuple[int | None, bool]:
+        """Return where the process that runs has a frame, and whether it may access it there."""
+        place = None
         for start, end, pma in self.mm.pmas:
             base = self.physical.bases.get(pma.file)
             if base is not None and start <= gpa - base - pma.delta < end:
-                return gpa - base - pma.delta
-        return gpa
+                place = gpa - base - pma.delta
+                if not access & ~pma.effective_perms:
+                    return place, True
+        return place, False
 
     def _on_trap(self, vector: int, error_code: int) -> RunResult:
         code = error_code if vector in HAS_ERROR_CODE else None
@@ -309,7 +331,8 @@ class UserVM(Machine):
         if not (isinstance(exit_, exits.InternalErrorExit) and exit_.is_emulation_failure):
             return end_of(exit_, self._reporter)
         try:
-            self._slots.restart(exit_.instruction)
+            with self.mm.active_lock:  # what it translates and what it finds there belong together
+                self._slots.restart(exit_.instruction)
         except EmulationError as e:
             return self._reporter.emulation(e)
         return None
