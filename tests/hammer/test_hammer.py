@@ -63,7 +63,7 @@ def hammered(is_slow_machine: bool) -> Callable[..., None]:
         with Hammer(machine, seed, **options) as one:
             one.run(n_rounds)
             assert one.n_turns > n_rounds // 10  # it was no still life, even where ring 0 is slow
-            assert one.n_overlaps >= n_rounds // 20
+            assert one.n_overlaps >= n_rounds // 50
             assert min(one.counts.values()) > 0
 
     return hammer
