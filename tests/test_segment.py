@@ -254,3 +254,63 @@ def test_addresses_outside(addr: int):
     s.merge_range(addr, addr)
     assert list(s) == [first, last]
     assert s.remove(min(addr, 0), max(addr, 0)) == ([] if addr < 0 else [first, last])
+
+
+class TestMoveFit:
+    """An allocator's usual case: a piece of a free segment becomes a used one."""
+
+    def build(self) -> tuple[SegmentSet[bool], SegmentSet[int]]:
+        free: SegmentSet[bool] = SegmentSet(SegmentSet.merge_equal)
+        used: SegmentSet[int] = SegmentSet(SegmentSet.merge_equal)
+        free.insert(0x1000, 0x9000, True)
+        free.insert(0x10000, 0x20000, True)
+        return free, used
+
+    def test_the_first_place_that_fits(self):
+        free, used = self.build()
+        assert free.move_fit(used, 1, 0, 0x2000, 0x1000, 0) == 0x1000
+        assert free.move_fit(used, 1, 0x3000, 0x1000, 0x4000, 0x3000) == 0x3000
+        assert list(used) == [(0x1000, 0x4000, 1)]
+        assert list(free) == [(0x4000, 0x9000, True), (0x10000, 0x20000, True)]
+        free.check_invariants()
+        used.check_invariants()
+
+    def test_inside_a_segment(self):
+        free, used = self.build()
+        assert free.move_fit(used, 1, 0, 0x1000, 0x4000, 0x2000) == 0x2000
+        assert list(free)[:2] == [(0x1000, 0x2000, True), (0x3000, 0x9000, True)]
+
+    @pytest.mark.parametrize(
+        ("hint", "length", "align", "phase"),
+        [
+            (0, 0x9000, 0x1000, 0),  # too long for the first, and others are not tried
+            (0x8000, 0x2000, 0x1000, 0),  # too little behind the hint
+            (0, 0x1000, 0x10000, 0xA000),  # no such phase in it
+            (0x20000, 0x1000, 0x1000, 0),  # nothing behind
+            (0, 0, 0x1000, 0),
+            (0, 0x1000, 0x3000, 0),
+            (2**64 - 1, 0x1000, 0x1000, 0),
+        ],
+    )
+    def test_nothing_changes_where_it_does_not_fit(
+        self, hint: int, length: int, align: int, phase: int
+    ):
+        free, used = self.build()
+        before = list(free)
+        assert free.move_fit(used, 1, hint, length, align, phase) is None
+        assert list(free) == before
+        assert not used
+
+    def test_what_is_used_already_is_an_error(self):
+        free, used = self.build()
+        used.insert(0x1000, 0x2000, 7)
+        before = list(free)
+        with pytest.raises(RangeError):
+            free.move_fit(used, 1, 0, 0x1000, 0x1000, 0)
+        assert list(free) == before
+        assert list(used) == [(0x1000, 0x2000, 7)]
+
+    def test_only_between_two_sets(self):
+        free, _ = self.build()
+        with pytest.raises(TypeError):
+            free.move_fit(free, True, 0, 0x1000, 0x1000, 0)

@@ -233,6 +233,7 @@ class Arena(Frames):
         if fo is None:
             return None
         n_bytes = -1
+        # Not swallowed: copy_from meets it again, and says what it is.
         with suppress(OSError):
             n_bytes = os.pwrite(self.fd, self.view[src_fo : src_fo + length_bytes], fo)
         if n_bytes != length_bytes:

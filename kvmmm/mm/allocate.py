@@ -75,8 +75,8 @@ def allocate_locked(
         start, stop = mm.window.place(addr, (start, stop), vma_end - vma_start, least_bytes)
         if stop < end:
             stop = min(align_up(end, HUGE_PAGE_BYTES), gap_end)
-    last, mm.last_fault = mm.last_fault, addr
-    top_down = addr < last if last and last != addr else mm.layout.top_down
+    top_down = allocation_direction(mm, addr)
+    mm.last_fault = addr
     fo = None
     if not top_down and mm.home is None:
         # Where most end up, without a word too many.

@@ -147,7 +147,12 @@ class PageTableAddressSpace:
             self._finish(None if changed else [], n_pages)
 
     def _replace(self, addr: int, length: int, gpa: int, flags: int) -> None:
-        """Map where something is mapped that a vCPU may be using."""
+        """Map where something is mapped that a vCPU may be using.
+
+        A new frame is set before the old one is shot down, so several vCPUs may see both for a
+        moment. The mm does not replace frames this way: it unmaps first, or uses `map_quickly`,
+        which clears, shoots down and then sets.
+        """
         self._count(0)
         delta = gpa - addr
         stale = []
