@@ -204,12 +204,12 @@ class PageMapper:
 
     Args: the host address of a struct kvmmm_pt; where files lie, by file, as gpas; entry flags by
     access bits; the window [gpa, gpa + length) at hva, whose frames may be shot down by
-    MADV_DONTNEED, of length 0 for none.
+    MADV_DONTNEED, of length 0 for none; what is drained before that.
     """
 
     def __init__(
         self, tables_hva: int, bases: dict[Any, int], flags: tuple[int, ...], gpa: int,
-        length_bytes: int, hva: int, /,
+        length_bytes: int, hva: int, walk: PageWalk = ..., /,
     ) -> None: ...  # fmt: skip
     drops: bool
     n_dontneed: int
@@ -344,3 +344,337 @@ class SegmentSet(Generic[V]):
         Raises:
             AssertionError: The set is damaged.
         """
+
+class PinnedWindow:
+    """Pieces of files, mapped side by side: a buffer (format "B") of all of them.
+
+    When the last reference goes, that of the last buffer included, it is unmapped, and then
+    `on_release(False)` is called, by whoever drops it. When the garbage collector finds it, with
+    its buffers, it calls `on_release(True)` first and unmaps when it is done: until then the pages
+    must be kept. Once, in any case, unless making the window failed; what it raises is only
+    reported.
+
+    Args:
+        pieces: (file descriptor, offset, length in bytes) of each, whole pages.
+        on_release: See there.
+        writable: Whether the buffer is.
+
+    Raises:
+        ValueError: No piece, or one that is not made of whole pages.
+        OSError: The host refused a mapping: EACCES, EBADF; ENOMEM for too many pieces.
+    """
+
+    def __init__(
+        self,
+        pieces: list[tuple[int, int, int]],
+        on_release: Callable[[bool], object],
+        writable: bool = True,
+    ) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class PageWalk:
+    """Host addresses by a guest's page tables, as ring 3 may use them; for copies in C.
+
+    Args: the host address of a struct kvmmm_pt; the window [gpa, gpa + length) at hva, outside of
+    which neither tables nor frames are found; what owns the struct, kept as long as this.
+    """
+
+    def __init__(
+        self, tables_hva: int, gpa: int, length_bytes: int, hva: int, owner: object = ..., /
+    ) -> None: ...
+    @property
+    def n_inside(self) -> int:
+        """Walks under way without the GIL: copies, too."""
+    def find(self, addr: int, n_bytes: int, access: int, /) -> tuple[int, int] | None:
+        """Return where `addr` is, and how many bytes from there lie side by side; without the GIL.
+
+        At most `n_bytes`, all of which ring 3 may access so. None where not even one is.
+        """
+    def drain(self) -> None:
+        """Wait for all walks without the GIL that began before; by one thread at a time."""
+    def close(self) -> None:
+        """Find nothing any more, and drain. Idempotent."""
+
+class IOOpts:
+    """How one copy is done. Immutable.
+
+    Args:
+        ignore_permissions: What could ever be allowed counts (`max_perms`), as for a debugger.
+        address_space_active: Whether the copy may go through the address space at all.
+        mechanism: "internal", "walk" or "mirror", to use where it can be; None leaves it to the
+            policy. For tests and benchmarks.
+
+    Raises:
+        ValueError: There is no such mechanism.
+
+    Source: gVisor usermem.IOOpts.
+    """
+
+    def __init__(
+        self,
+        ignore_permissions: bool = False,
+        address_space_active: bool = True,
+        mechanism: str | None = None,
+    ) -> None: ...
+    @property
+    def ignore_permissions(self) -> bool: ...
+    @property
+    def address_space_active(self) -> bool: ...
+    @property
+    def mechanism(self) -> str | None: ...
+
+class GuardedLock:
+    """A lock of an mm's, which a thread inside a Reader or Writer of that mm cannot take.
+
+    Raises:
+        StateError: It is inside one: it would wait for itself.
+    """
+
+    def __init__(self, core: CopyCore, /) -> None: ...
+    def acquire(self, blocking: bool = True, /) -> bool: ...
+    def release(self) -> None: ...
+    def locked(self) -> bool: ...
+    def __enter__(self) -> bool: ...
+    def __exit__(self, *args: object) -> None: ...
+
+class _Packed(Protocol):
+    @property
+    def packed(self) -> bytes: ...
+
+class CopyCore:
+    """What a memory manager is made of where copies are concerned: see `kvmmm.mm.io`.
+
+    All copies: bytes are moved in ascending order. Where not all can be, exactly those before the
+    first byte that cannot be accessed have been moved, and the error says so. A range that wraps,
+    or ends beyond `max_addr`, is refused before anything is moved. Buffers are C-contiguous, of any
+    format. `opts` and `ignore_permissions` (short for `IOOpts(ignore_permissions=True)`) are the
+    same everywhere.
+
+    Raises:
+        GuestFaultError: A byte cannot be accessed: `.addr` is the first, `.done` the bytes before
+            it. `GuestBusError`: because its file ends, or the host has no memory for it.
+            `NoProgressError`: although its fault was served again and again.
+        HostBufferError: The caller's own buffer faulted: `.offset`, `.done`.
+        ArenaExhaustedError: No memory is left to back an untouched page, or to copy it on write.
+        OSError: What a mappable says.
+        StateError: From inside a Reader or Writer: memory that is not there yet.
+
+    Args: exclusive end of addresses; host address and length of the arena's linear mapping.
+    """
+
+    def __init__(self, max_addr: int, hva: int, length_bytes: int, /) -> None: ...
+    @property
+    def max_addr(self) -> int:
+        """Exclusive end of addresses."""
+    walk: PageWalk | None
+    mirror: Any
+    def copy_in(
+        self, addr: int, dst: Any, /, *, opts: IOOpts | None = None,
+        ignore_permissions: bool = False,
+    ) -> int:  # fmt: skip
+        """Copy guest memory at `addr` into a writable buffer (guest -> host); how many bytes."""
+    def copy_out(
+        self, addr: int, src: Any, /, *, opts: IOOpts | None = None,
+        ignore_permissions: bool = False,
+    ) -> int:  # fmt: skip
+        """Copy a buffer, or a str as UTF-8, to guest memory (host -> guest); how many bytes."""
+    def write(
+        self, addr: int, src: Any, /, *, opts: IOOpts | None = None,
+        ignore_permissions: bool = False,
+    ) -> int:  # fmt: skip
+        """The short name of `copy_out`."""
+    def read(
+        self, addr: int, length_bytes: int, /, *, opts: IOOpts | None = None,
+        ignore_permissions: bool = False,
+    ) -> bytes:  # fmt: skip
+        """Return `length_bytes` of guest memory at `addr`."""
+    def zero_out(
+        self, addr: int, length_bytes: int, /, *, opts: IOOpts | None = None,
+        ignore_permissions: bool = False,
+    ) -> int:  # fmt: skip
+        """Zero guest memory; how many bytes."""
+    def copy_in_vec(
+        self, ranges: _Packed, dst: Any, /, *, opts: IOOpts | None = None,
+        ignore_permissions: bool = False,
+    ) -> int:  # fmt: skip
+        """Copy an `AddrRangeSeq` into a buffer of the same length; how many bytes.
+
+        Raises:
+            ValueError: The lengths differ; nothing was moved.
+        """
+    def copy_out_vec(
+        self, ranges: _Packed, src: Any, /, *, opts: IOOpts | None = None,
+        ignore_permissions: bool = False,
+    ) -> int:  # fmt: skip
+        """Copy a buffer to an `AddrRangeSeq` of the same length; as `copy_in_vec`."""
+    def copy_in_many(
+        self, requests: Sequence[tuple[int, int]], /, *, opts: IOOpts | None = None,
+        ignore_permissions: bool = False,
+    ) -> list[bytes]:  # fmt: skip
+        """Return the bytes of each (addr, length), in a list or tuple.
+
+        Errors carry `.item`: the number of the pair. What came before it is lost.
+        """
+    def copy_out_many(
+        self, requests: Sequence[tuple[int, Any]], /, *, opts: IOOpts | None = None,
+        ignore_permissions: bool = False,
+    ) -> int:  # fmt: skip
+        """Copy out each (addr, src), in order; how many bytes together.
+
+        Errors carry `.item`: the number of the pair. What came before it is done.
+        """
+    def swap_uint32(
+        self, addr: int, new: int, /, *, opts: IOOpts | None = None,
+        ignore_permissions: bool = False,
+    ) -> int:  # fmt: skip
+        """Store a word and return what was there, atomically.
+
+        Raises:
+            GuestAlignmentError: `addr` is not a multiple of 4.
+        """
+    def compare_and_swap_uint32(
+        self, addr: int, old: int, new: int, /, *, opts: IOOpts | None = None,
+        ignore_permissions: bool = False,
+    ) -> int:  # fmt: skip
+        """Store `new` if `old` is there, atomically; return what was there.
+
+        It needs write access, and copies on write, in any case. Errors as for `swap_uint32`.
+        """
+    def load_uint32(
+        self, addr: int, /, *, opts: IOOpts | None = None, ignore_permissions: bool = False
+    ) -> int:
+        """Return a word, atomically; errors as for `swap_uint32`."""
+    def _move(self, hva: int, host: int, n_bytes: int, access: int, /) -> tuple[int, bool]:
+        """Move bytes of a foreign file: how many, and whether it was the host's side that failed."""
+    def _move_fresh(self, fd: int, fo: int, host: int, n_bytes: int, access: int, /) -> int:
+        """Move bytes of frames that nobody has touched yet: how many."""
+    def _atomic(self, hva: int, word: int, /) -> bool: ...
+    def fill_frames(self, start: int, end: int, fo: int, bits: int, /) -> None:
+        """Have copies find [start, end) at `fo` of the arena; R, W, max R, max W are bits 0 to 3."""
+    def forget(self, start: int, end: int, /) -> None:
+        """Have no copy use what was at [start, end), those in flight included."""
+    def frames(self, start: int, end: int, /) -> list[tuple[int, int, int, int]]:
+        """Return (start, end, fo, bits) of what the frame table holds."""
+    def drain(self) -> None:
+        """Wait for copies in flight."""
+    def enter_copy(self) -> int:
+        """Enter the read section for a Reader or Writer; the token goes to `leave_copy`."""
+    def leave_copy(self, token: int, /) -> None: ...
+    def apply_policy(self, release_bytes: int, uses_mirror: bool, promote_after: int, /) -> None: ...
+
+_Core = TypeVar("_Core", bound=type[CopyCore])
+
+def adopt(cls: _Core, /) -> _Core:
+    """Have a subclass call CopyCore's methods as fast as CopyCore itself does."""
+
+def safe_copy(dst_hva: int, src_hva: int, n_bytes: int, /) -> tuple[int, int, int]:
+    """Copy between host addresses; return (bytes copied, signal, host address that faulted).
+
+    Where memory cannot be accessed the copy ends: exactly the bytes before were copied, and the
+    signal is SIGSEGV or SIGBUS. Else it is 0, and so is the address. The areas may not overlap. The
+    GIL is released from 64 KiB on.
+    """
+
+def safe_zero(dst_hva: int, n_bytes: int, /) -> tuple[int, int, int]:
+    """Clear host memory, as `safe_copy` copies."""
+
+def safe_swap_uint32(hva: int, new: int, /) -> tuple[int | None, int, int]:
+    """Store into an aligned word; return (what was there, 0, 0), or (None, signal, address)."""
+
+def safe_compare_and_swap_uint32(hva: int, old: int, new: int, /) -> tuple[int | None, int, int]:
+    """Store `new` if `old` is there; return (what was there, 0, 0), or (None, signal, address)."""
+
+def safe_load_uint32(hva: int, /) -> tuple[int | None, int, int]:
+    """Load an aligned word; return (value, 0, 0), or (None, signal, address)."""
+
+def own_faults() -> None:
+    """Have SIGSEGV and SIGBUS come to the copies first, and from there to whoever had them.
+
+    Cheap where it is so already. Whoever installs a handler afterwards (faulthandler, say) takes
+    them away again, so this is called before a copy that is likely to fault. It also unblocks both
+    for the calling thread, which could not survive a fault otherwise.
+    """
+
+def tune_copies(avx2: bool, stream_bytes: int, /) -> bool:
+    """Copy with AVX2 (where the CPU has it) or not, and past the caches from a size on; for tests.
+
+    (True, 0) is what the module begins with. Return whether AVX2 is used now.
+    """
+
+class MirrorWindow:
+    """Windows of 1 GiB in the host, in which pieces of files lie at the guest's own distances.
+
+    Addresses are the guest's. Ranges are whole pages below `max_addr`; what is in no window yet
+    counts as empty. Not thread-safe but for `find`; long calls release the GIL, and another change
+    meanwhile is a RuntimeError. Once released, changes are a ValueError.
+
+    Args:
+        max_addr: Exclusive end of the guest's addresses, a multiple of 4 KiB, at most 2^57.
+
+    Attributes:
+        n_vmas: What it takes of vm.max_map_count, or more: neighbours of windows may merge.
+        n_vmas_of_process: The same of all mirrors of the process.
+        n_resident_pages: Pages that copies find.
+        n_windows: Windows reserved.
+        n_maps: Runs mapped so far.
+        n_clears: Calls of `clear` and `clear_windows` so far that had something to do.
+    """
+
+    def __init__(self, max_addr: int, /) -> None: ...
+    @property
+    def max_addr(self) -> int: ...
+    @property
+    def n_vmas(self) -> int: ...
+    @property
+    def n_vmas_of_process(self) -> int: ...
+    @property
+    def n_resident_pages(self) -> int: ...
+    @property
+    def n_windows(self) -> int: ...
+    @property
+    def n_maps(self) -> int: ...
+    @property
+    def n_clears(self) -> int: ...
+    def map(self, start: int, end: int, fd: int, fo: int, perms: int, /) -> None:
+        """Map [start, end), within one GiB, shared from file offset `fo` on, and let copies in.
+
+        Raises:
+            OSError: The host refused: ENOMEM, no VMA or address space is left; EACCES, EBADF. What
+                was mapped there still is, and is not resident.
+        """
+    def populate(self, start: int, end: int, /) -> None:
+        """Have page-table entries made, writable ones where that is allowed (MADV_POPULATE_READ).
+
+        Raises:
+            OSError: EINVAL, Linux is older than 5.14; EFAULT, the file ends before.
+        """
+    def forget(self, start: int, end: int, /) -> None:
+        """Have no copy find the range any more; who has found it may still be there."""
+    def clear(self, start: int, end: int, /) -> None:
+        """Forget the range and map nothing there: PROT_NONE, never a hole.
+
+        Raises:
+            OSError: ENOMEM, no VMA is left: forgotten, but some of it is still mapped.
+        """
+    def clear_windows(self, start: int, end: int, /) -> None:
+        """Clear every window that the range touches; works where the process has no VMA left.
+
+        Raises:
+            OSError: Something is still mapped.
+        """
+    def find(self, addr: int, n_bytes: int, access: int, /) -> tuple[int, int] | None:
+        """Return the host address of `addr` and how many bytes are resident from there.
+
+        At most `n_bytes`, and not beyond the GiB. None where the page is not resident for `access`.
+        """
+    def victim(self, start: int, end: int, /) -> tuple[int, int, int] | None:
+        """Return what to clear to be rid of a range's runs: start, end, about how many VMAs.
+
+        Whole runs: those, and all others in the aligned blocks of 64 pages that they touch.
+        """
+    def vmas_needed(self, addr: int, /) -> int:
+        """Return how many VMAs a run at `addr` may add: two, and two for a window."""
+    def windows(self) -> list[tuple[int, int]]:
+        """Return the guest's and the host's address of every window."""
+    def release(self) -> None:
+        """Unmap all windows. Idempotent; nobody may be inside."""

@@ -118,10 +118,12 @@ class GuestFaultError(KvmmmError, OSError):
         access: What was wanted there (`kvmmm.hostarch.access` bits).
         done: Bytes done before it.
         mapped: Whether a vma covers `addr` (it forbids the access), or none does.
+        prefix: What `read_string` had read before it; otherwise empty.
         errno: EFAULT.
     """
 
     exit_code = EXIT_FAULT
+    prefix = b""
 
     def __init__(self, addr: int, access: int, *, mapped: bool, done: int = 0) -> None:
         self.addr = addr
@@ -149,6 +151,92 @@ class GuestBusError(GuestFaultError):
         super().__init__(addr, access, mapped=True, done=done)
         text = f"cannot access guest address {addr:#x}: its file ends before it"
         self.strerror = f"{text} ({done} bytes done)" if done else text
+
+
+class GuestAlignmentError(GuestFaultError):
+    """An atomic access to a word that is not aligned; nothing was touched.
+
+    Attributes: those of `GuestFaultError`; `done` is 0.
+    """
+
+    def __init__(self, addr: int, access: int, alignment_bytes: int = 4) -> None:
+        super().__init__(addr, access, mapped=True)
+        self.strerror = (
+            f"cannot access guest address {addr:#x} atomically: it is not a multiple of "
+            f"{alignment_bytes}"
+        )
+
+
+class NoProgressError(GuestFaultError):
+    """A fault was served again and again, and the access failed as before.
+
+    Something takes the page away as fast as it comes, or serves another one than it was asked for.
+
+    Attributes: those of `GuestFaultError`, and
+        n_tries: How often it was served.
+    """
+
+    def __init__(self, addr: int, access: int, n_tries: int, *, done: int = 0) -> None:
+        self.n_tries = n_tries
+        super().__init__(addr, access, mapped=True, done=done)
+        self.strerror = (
+            f"guest address {addr:#x} cannot be accessed although its fault was served "
+            f"{n_tries} times ({done} bytes done)"
+        )
+
+
+class HostBufferError(KvmmmError, OSError):
+    """The caller's own buffer faulted: a mapping of a file that was cut short, say.
+
+    Attributes:
+        offset: Of the first byte of the buffer that cannot be accessed.
+        done: Bytes done before it.
+        errno: EFAULT.
+    """
+
+    exit_code = EXIT_OS
+
+    def __init__(self, offset: int, done: int) -> None:
+        self.offset = offset
+        self.done = done
+        super().__init__(
+            _errno.EFAULT,
+            f"the host's buffer cannot be accessed at byte {offset}: is it a mapping of a file "
+            f"that was cut short? ({done} bytes done)",
+        )
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class StringTooLongError(KvmmmError, OSError):
+    """No NUL was found in as many bytes as a string may have.
+
+    Attributes:
+        addr: Guest address where the string begins.
+        prefix: What was read, without an end.
+        errno: ENAMETOOLONG.
+    """
+
+    exit_code = EXIT_FAULT
+
+    def __init__(self, addr: int, prefix: bytes) -> None:
+        self.addr = addr
+        self.prefix = prefix
+        super().__init__(
+            _errno.ENAMETOOLONG,
+            f"the string at guest address {addr:#x} has no end within {len(prefix)} bytes",
+        )
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class AddressSpaceIOUnavailableError(KvmmmError, RuntimeError):
+    """This copy cannot go through the address space now; internal mappings still serve it.
+
+    Never leaves the memory manager. Source: gVisor platform.AddressSpaceIOUnavailable.
+    """
 
 
 class MmError(KvmmmError, OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import errno
+import os
 from typing import TYPE_CHECKING
 
 from kvmmm.hostarch.access import ANY_ACCESS, READ, WRITE
@@ -11,6 +12,7 @@ from kvmmm.hostarch.addr import PAGE_BYTES, page_down
 from kvmmm.hostarch.ranges import FileRange
 from kvmmm.memmap.file import Translation
 from kvmmm.memmap.mapping_set import Mapped
+from kvmmm.safemem.ffi import HostMapping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +51,7 @@ class FakeAddressSpace:
     ) -> None:  # fmt: skip
         self.walks_frames = walks_frames
         self.map_quickly = None
+        self.walk = None
         self.map_failure: OSError | None = None
         self.fork_failure: OSError | None = None
         self.map_unit_bytes = map_unit_bytes
@@ -135,21 +138,34 @@ class FakeAddressSpace:
 
 
 class FakeFile:
-    """A File in a bytearray that counts references.
+    """A File in a memfd that counts references.
 
     Attributes:
+        bytes: All of it, as far as `size_bytes`: what is behind it must not be touched.
         references: page offset -> count.
-        size_bytes: Where its bytes end; less than `capacity_bytes` once it is cut.
         may_fault: Then its bytes are only to be had by `read_into` and `write_from`.
     """
 
-    hva = 0
-
     def __init__(self, length_bytes: int, *, may_fault: bool = False) -> None:
-        self.bytes = bytearray(length_bytes)
-        self.capacity_bytes = self.size_bytes = length_bytes
+        self._fd = os.memfd_create("fake")
+        self.size_bytes = self.capacity_bytes = length_bytes
+        self._mapping = HostMapping(self._fd, max(length_bytes, 1), PAGE_BYTES)
+        self.hva = self._mapping.hva
+        self.bytes = memoryview(self._mapping)[:length_bytes]
         self.may_fault = may_fault
         self.references: collections.Counter[int] = collections.Counter()
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+    @property
+    def size_bytes(self) -> int:
+        """Where its bytes end; less than `capacity_bytes` once it is cut."""
+        return os.fstat(self._fd).st_size
+
+    @size_bytes.setter
+    def size_bytes(self, n_bytes: int) -> None:
+        os.ftruncate(self._fd, n_bytes)
 
     def inc_ref(self, fr: FileRange) -> None:
         for page in range(fr.start, fr.end, PAGE_BYTES):

@@ -16,9 +16,25 @@ SCENARIOS = """
 mm: UsageASUpdates DataASUpdates BrkDataLimitUpdates IOAfterUnmap IOAfterMProtect
     AIOPrepareAfterDestroy AIOLookupAfterDestroy GetAllocationDirection PinnedPagesCopiedOnFork
     PinUnsharesCopyOnWritePages UnpinnedPagesCopyOnWriteAfterFork
+usermem: BytesIOCopyOutSuccess BytesIOCopyOutFailure BytesIOCopyInSuccess BytesIOCopyInFailure
+    BytesIOZeroOutSuccess BytesIOZeroOutFailure BytesIOCopyOutFromSuccess BytesIOCopyOutFromFailure
+    BytesIOCopyInToSuccess BytesIOCopyInToFailure CopyStringInShort CopyStringInLong
+    CopyStringInVeryLong CopyStringInNoTerminatingZeroByte CopyStringInTruncatedByMaxlen
+    CopyInt32StringsInVec CopyInt32StringsInVecRequiresOneValidValue IOSequenceCopyOut
+    IOSequenceCopyIn IOSequenceZeroOut IOSequenceTakeFirst
+safemem: BlockSeqOfEmptyBlock BlockSeqOfNonemptyBlock BlockSeqNumBytes BlockSeqIterBlocks
+    BlockSeqIterBytes BlockSeqDropBeyondLimit FromIOReaderFullRead FromIOReaderPartialRead
+    SingleByteReader ReadFullToBlocks FromIOWriterFullWrite FromIOWriterPartialWrite
+    SingleByteWriter WriteFullToBlocks
 hostarch: TailIteration DropSingleByteIteration DropFirstEmpty TakeFirstEmpty TakeFirst
     CacheLineRoundUp CacheLineRoundUpWrapAround EndianString
-safecopy: CheckXstateFault CheckXstateSuccess
+safecopy: CopyInSuccess CopyOutSuccess CopySuccess ZeroOutSuccess SwapUint32Success
+    SwapUint32AlignmentError CompareAndSwapUint32Success CompareAndSwapUint32AlignmentError
+    CopyInSegvError CopyInBusError CopyOutSegvError CopyOutBusError CopySourceSegvError
+    CopySourceBusError CopyDestinationSegvError CopyDestinationBusError ZeroOutSegvError
+    ZeroOutBusError SwapUint32SegvError SwapUint32BusError CompareAndSwapUint32SegvError
+    CompareAndSwapUint32BusError SwapUint64Success SwapUint64AlignmentError SwapUint64SegvError
+    SwapUint64BusError CheckXstateFault CheckXstateSuccess
 memmap: AddRemoveMapping InvalidateWhole InvalidatePartial InvalidateMultiple InvalidateOverlapping
     MixedWritable
 pgalloc: FindAllocatable64K

@@ -179,3 +179,5 @@ struct kvmmm_floor_faults {
 };
 int64_t kvmmm_floor_serve_faults(const struct kvmmm_floor_faults *f, int64_t timeout_ns, uint64_t *n_faults);
 int64_t kvmmm_floor_find(const uint64_t *starts, size_t n, const uint64_t *addrs, size_t n_addrs, uint64_t *sum_ret);
+int64_t kvmmm_floor_copy(const uint64_t *hvas, size_t n, uintptr_t buffer, size_t n_bytes, _Bool is_out);
+int64_t kvmmm_floor_mirror(int fd, const uint64_t *offsets, size_t n, uintptr_t buffer, size_t n_bytes, _Bool is_out);

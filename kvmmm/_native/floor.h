@@ -122,4 +122,14 @@ int64_t kvmmm_floor_serve_faults(const struct kvmmm_floor_faults *f, int64_t tim
  * ns, and the sum of what was found so that nothing is optimised away. */
 int64_t kvmmm_floor_find(const uint64_t *starts, size_t n, const uint64_t *addrs, size_t n_addrs, uint64_t *sum_ret);
 
+/* ---- floor_copy.c: copies by hand ------------------------------------------------------------- */
+
+/* Copy @p n_bytes between each of @p n addresses and one buffer, by the C library's memcpy: from the buffer
+ * with @p is_out, else to it; returns ns. What is not mapped kills the process. */
+int64_t kvmmm_floor_copy(const uint64_t *hvas, size_t n, uintptr_t buffer, size_t n_bytes, bool is_out);
+
+/* The same with @p n places of a file, each mapped first, at an address of its own and with its page-table
+ * entries, as one would who knows that all of it will be used; returns ns. */
+int64_t kvmmm_floor_mirror(int fd, const uint64_t *offsets, size_t n, uintptr_t buffer, size_t n_bytes, bool is_out);
+
 #endif /* KVMMM_FLOOR_H */

@@ -82,7 +82,7 @@ function(kvmmm_user_guest name)
   install(TARGETS ${target} DESTINATION kvmmm/_guests)
 endfunction()
 
-foreach(name IN ITEMS fault fork hello mmap syscalls)
+foreach(name IN ITEMS atomic fault fork hello mmap syscalls)
   kvmmm_user_guest(${name} -static -no-pie)
 endforeach()
 kvmmm_user_guest(stack -static-pie -Wl,--no-dynamic-linker)

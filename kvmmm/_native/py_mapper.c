@@ -3,7 +3,7 @@
  * A fault is served right after an exit, with cold caches, where every line of Python costs three times
  * what it does otherwise. So the usual case is one call of this; all else is PageTableAddressSpace's.
  */
-#include "py.h"
+#include "py_copy.h"
 
 #include "pagetable.h"
 
@@ -17,20 +17,21 @@ struct py_mapper {
     /* The window whose frames are shot down by MADV_DONTNEED. */
     uint64_t low_gpa, high_gpa, hva_delta;
     bool drops;              /* false: nobody has ever loaded the tables, or shootdowns are off */
+    PyObject *walk;          /* PageWalk over the same tables, or NULL */
     long long n_pages;       /* mapped since somebody took the number */
     long long n_dontneed, n_stale; /* shootdowns, and the pages of them */
 };
 
 static PyTypeObject *py_mapper_type;
 
-/* PageMapper(tables_hva, bases, flags, gpa, length_bytes, hva) */
+/* PageMapper(tables_hva, bases, flags, gpa, length_bytes, hva, walk=None) */
 static int mapper_init(PyObject *op, PyObject *args, PyObject *kwargs)
 {
     struct py_mapper *self = (struct py_mapper *)op;
     Py_ssize_t tables, gpa, length, hva;
-    PyObject *bases, *flags;
-    if (!PyArg_ParseTuple(args, "nO!O!nnn", &tables, &PyDict_Type, &bases, &PyTuple_Type, &flags, &gpa, &length,
-                          &hva))
+    PyObject *bases, *flags, *walk = NULL;
+    if (!PyArg_ParseTuple(args, "nO!O!nnn|O", &tables, &PyDict_Type, &bases, &PyTuple_Type, &flags, &gpa,
+                          &length, &hva, &walk) || (walk && !py_walk_of(walk)))
         return -1;
     if (PyTuple_Size(flags) != 8) {
         PyErr_SetString(PyExc_ValueError, "eight flags: one for each set of access bits");
@@ -43,6 +44,9 @@ static int mapper_init(PyObject *op, PyObject *args, PyObject *kwargs)
     PyObject *old = self->bases;
     self->bases = Py_NewRef(bases);
     Py_XDECREF(old);
+    old = self->walk;
+    self->walk = Py_XNewRef(walk);
+    Py_XDECREF(old);
     self->tables = (struct kvmmm_pt *)tables;
     self->low_gpa = (uint64_t)gpa;
     self->high_gpa = (uint64_t)(gpa + length);
@@ -50,14 +54,22 @@ static int mapper_init(PyObject *op, PyObject *args, PyObject *kwargs)
     return 0;
 }
 
-/* Have every CPU forget what leads to these frames. The file keeps its bytes. */
+/* The entries are gone: wait for copies that have found them, and have every CPU forget what leads to
+ * these frames. The file keeps its bytes. */
 static int shoot_down(struct py_mapper *self, const struct kvmmm_pt_stale *stale)
 {
     int rc = 0;
-    self->n_dontneed++;
-    self->n_stale += stale->n_pages;
+    unsigned phase;
+    struct kvmmm_section *section = self->walk ? &py_walk_of(self->walk)->section : NULL;
+    bool waits = section && kvmmm_section_flip(section, &phase);
+    if (!waits && !self->drops)
+        return 0;
+    self->n_dontneed += self->drops;
+    self->n_stale += self->drops ? stale->n_pages : 0;
     Py_BEGIN_ALLOW_THREADS
-    for (uint32_t i = 0; i < stale->n_runs && !rc; i++)
+    if (waits)
+        kvmmm_section_wait(section, phase);
+    for (uint32_t i = 0; self->drops && i < stale->n_runs && !rc; i++)
         rc = kvmmm_drop_pages(stale->runs[i].start + self->hva_delta, stale->runs[i].end - stale->runs[i].start);
     Py_END_ALLOW_THREADS
     return rc;
@@ -87,7 +99,7 @@ static PyObject *mapper_map(PyObject *op, PyObject *const *args, Py_ssize_t n)
         if (rc < 0)
             return Py_NewRef(Py_False);
         self->n_pages -= stale.n_pages;
-        int err = rc && self->drops ? shoot_down(self, &stale) : 0;
+        int err = rc ? shoot_down(self, &stale) : 0;
         if (err)
             return py_raise_errno(-err);
     }
@@ -106,6 +118,7 @@ static PyObject *mapper_take(PyObject *op, PyObject *ignored)
 static int mapper_clear(PyObject *op)
 {
     Py_CLEAR(((struct py_mapper *)op)->bases);
+    Py_CLEAR(((struct py_mapper *)op)->walk);
     return 0;
 }
 
@@ -113,6 +126,7 @@ static int mapper_traverse(PyObject *op, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(op));
     Py_VISIT(((struct py_mapper *)op)->bases);
+    Py_VISIT(((struct py_mapper *)op)->walk);
     return 0;
 }
 

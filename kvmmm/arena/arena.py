@@ -351,7 +351,7 @@ class Arena(Frames):
 
     def __del__(self) -> None:
         # Quietly: fd and mapping go. A view that is still held keeps the mapping until it goes.
-        fd = getattr(self, "fd", -1)
+        fd, self.fd = getattr(self, "fd", -1), -1
         if fd >= 0:
             os.close(fd)
 

@@ -9,11 +9,14 @@
     command.py   `kvmmm bench`
     floor.py     the C floors (`_native/floor_*.c`), typed
     guest.py     VMs with the guests of guest/bench
-    startup.py, exits.py, console.py, paging.py    the groups themselves
+    no_cpu.py    an address space for what is measured without a VM
+    startup.py, exits.py, console.py, paging.py, scaling.py, fault.py, fork.py, copies*.py
+                 the groups themselves
 
 How a figure is made. A *floor* is C that does the best mechanism known, in this process. In every
 round each probe runs twice, under the labels A and B, all in random order; a case's value is the
 median over rounds of product ÷ floor, or product minus floor. The A/A figure is how far the value
-from A alone and the value from B alone lie apart: what is smaller than that is noise. The thread is
-pinned to one CPU before any vCPU runs, and garbage collection is off.
+from A alone and the value from B alone lie apart: what is smaller than that is noise. Where one
+value stands for several (sizes, directions), it is the worst of their medians. The thread is pinned
+to one CPU before any vCPU runs, and garbage collection is off.
 """

@@ -18,6 +18,9 @@ RATIO, NS, MS = "ratio", "ns", "ms"
 MEDIAN, WORST = "median", "worst"
 """What becomes of the rounds' values: the median, or (of a bound that must hold) the largest."""
 
+EACH = "*"
+"""In place of the name of a time: each of those in `Case.each`."""
+
 
 class Case:
     """One line of a benchmark: how its value is made from samples, and what it should be.
@@ -28,6 +31,8 @@ class Case:
         goal: The value that it should reach; None for a figure that is only told.
         product: Which probe measures the product, and which of its times: `("product", "run")`.
         floor: The same for what it is divided by, or what is subtracted; None for nothing.
+        each: The value is the worst of several, each for itself reduced over the rounds: the names
+            of times that `product` and `floor` both have, with EACH in place of the one name.
         better: `"lower"` or `"higher"`.
         limits: Counts of the product's samples that may never be exceeded, whatever the time.
         shown: More times of the product or floor that the record should carry, as medians.
@@ -36,7 +41,7 @@ class Case:
     """
 
     __slots__ = (
-        "better", "floor", "goal", "limits", "name", "note", "product", "reduce", "shown",
+        "better", "each", "floor", "goal", "limits", "name", "note", "product", "reduce", "shown",
         "unit",
     )  # fmt: skip
 
@@ -44,8 +49,9 @@ class Case:
         self, name: str, *, unit: str, goal: float | None, product: tuple[str, str],
         floor: tuple[str, str] | None = None, better: str = "lower",
         limits: Mapping[str, int] | None = None, shown: Sequence[tuple[str, str]] = (),
-        reduce: str = MEDIAN, note: str = "",
+        reduce: str = MEDIAN, note: str = "", each: Sequence[str] = (),
     ) -> None:  # fmt: skip
+        self.each = tuple(each)
         self.name = name
         self.unit = unit
         self.goal = goal
@@ -67,6 +73,14 @@ class Case:
             return ns / floor_ns
         return (ns - floor_ns) / (1e6 if self.unit == MS else 1)
 
+    def one_of_each(self, time: str) -> Case:
+        """Return the same case for one of the times in `each`."""
+        return Case(
+            self.name, unit=self.unit, goal=self.goal, product=(self.product[0], time),
+            floor=None if self.floor is None else (self.floor[0], time), better=self.better,
+            limits=self.limits, shown=self.shown, reduce=self.reduce, note=self.note,
+        )  # fmt: skip
+
 
 class Group:
     """Cases that are measured together, in one interleaving.
@@ -77,15 +91,18 @@ class Group:
         open: Makes the probes, by name; what they need lives as long as the context.
         rounds: How often; `quick_rounds` with --quick.
         warm_up: Rounds before those, not counted.
+        missing: Says what is not here that it needs, and where it comes from; empty for nothing.
+            A group that misses something is skipped, by the names of its cases.
     """
 
-    __slots__ = ("cases", "open", "quick_rounds", "rounds", "title", "warm_up")
+    __slots__ = ("cases", "missing", "open", "quick_rounds", "rounds", "title", "warm_up")
 
     def __init__(
         self, title: str, cases: Sequence[Case], *,
         open: Callable[[], AbstractContextManager[Mapping[str, Probe]]],  # noqa: A002
-        rounds: int, quick_rounds: int, warm_up: int = 1,
+        rounds: int, quick_rounds: int, warm_up: int = 1, missing: Callable[[], str] = str,
     ) -> None:  # fmt: skip
+        self.missing = missing
         self.title = title
         self.cases = tuple(cases)
         self.open = open
@@ -98,5 +115,5 @@ class Group:
         cases = [case for case in self.cases if case.name in names]
         return Group(
             self.title, cases, open=self.open, rounds=self.rounds, quick_rounds=self.quick_rounds,
-            warm_up=self.warm_up,
+            warm_up=self.warm_up, missing=self.missing,
         )  # fmt: skip

@@ -78,7 +78,11 @@ def _run(groups: Sequence[Group], *, quick: bool, json_path: Path | None) -> int
 
             host = host_record()
         for group in groups:
-            records += _measure(group, err, quick=quick)
+            if missing := group.missing():
+                names = ", ".join(case.name for case in group.cases)
+                err.print(f"{names}: skipped: {missing}", highlight=False, soft_wrap=True)
+            else:
+                records += _measure(group, err, quick=quick)
     except KeyboardInterrupt:
         if records:
             out.print(table_of(records))

@@ -18,6 +18,10 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
         "what the memory manager costs: look-ups, faults, copy-on-write, fork",
         ("scaling", "fault", "fork"),
     ),
+    "copies": (
+        "what a copy between host and guest costs",
+        ("copies_small", "copies_peers", "copies_large", "copies_many", "copies_cold"),
+    ),
 }
 """By name: what it measures, and the modules whose GROUPS it runs."""
 

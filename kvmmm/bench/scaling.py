@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from kvmmm.arena import Arena
 from kvmmm.bench.case import RATIO, Case, Group
 from kvmmm.bench.guest import BenchmarkError
+from kvmmm.bench.no_cpu import NoCpu
 from kvmmm.hostarch.access import READ_WRITE, WRITE
 from kvmmm.hostarch.addr import PAGE_BYTES
 from kvmmm.mm import MemoryManager
@@ -18,12 +19,9 @@ from kvmmm.safemem.ffi import ffi, lib
 from kvmmm.segment import SegmentSet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from kvmmm.bench.case import Probe, Sample
-    from kvmmm.hostarch.ranges import AddrRange, FileRange
-    from kvmmm.memmap.file import File
-    from kvmmm.platform.base import AddressSpace
 
 _C = cast("Any", lib)
 FEW, MANY = 10, 100_000
@@ -32,35 +30,6 @@ _FINDS = 20_000
 _OPERATIONS = 200
 _STRIDE = 4 * PAGE_BYTES
 """From one mapping of a page to the next, so that none touches another."""
-
-
-class _NoCpu:
-    """An address space that nobody uses."""
-
-    map_unit_bytes = 0
-    walks_frames = False
-    map_quickly = None
-    min_window_bytes = 2 << 20
-
-    def __init__(self, max_addr: int) -> None:
-        self.max_addr = max_addr
-
-    def map_file(self, addr: int, file: File, fr: FileRange, perms: int) -> None:
-        """Do nothing."""
-
-    def unmap(self, ranges: Sequence[AddrRange]) -> None:
-        """Do nothing."""
-
-    def is_mapped(self, _addr: int, _access: int) -> bool:
-        """Nothing is."""
-        return False
-
-    def fork_into(self, _child: AddressSpace) -> bool:
-        """Not needed here."""
-        return False
-
-    def release(self) -> None:
-        """Do nothing."""
 
 
 class _Mappings:
@@ -73,7 +42,7 @@ class _Mappings:
     def __init__(self, n: int) -> None:
         self.n = n
         self.arena = Arena((n + 1024) * PAGE_BYTES)
-        space = _NoCpu((n + 1) * _STRIDE)
+        space = NoCpu((n + 1) * _STRIDE)
         self.mm = MemoryManager(self.arena, space)
         for i in range(n):
             self._map(i)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Self
 
 from kvmmm.errors import RangeError
+from kvmmm.hostarch.addr import ADDRESS_LIMIT
 from kvmmm.hostarch.ranges import AddrRange
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class AddrRangeSeq:
     Attributes:
         n_ranges: How many ranges, empty ones included.
         n_bytes: Their lengths, together.
+        packed: (start, length) of each range as two unsigned 64-bit numbers, the host's byte order:
+            what C goes through. A range at 2**64, which can only be empty, stands one lower.
 
     Raises:
         RangeError: More than `MAX_BYTES`.
@@ -36,7 +39,8 @@ class AddrRangeSeq:
     """
 
     # The ranges from _index on, the first without its first _offset bytes, n_bytes of all these.
-    __slots__ = ("_index", "_offset", "_ranges", "n_bytes", "n_ranges")
+    # `packed` of what is derived is made when it is first asked for: a slot without a value.
+    __slots__ = ("_index", "_offset", "_ranges", "n_bytes", "n_ranges", "packed")
 
     def __init__(self, ranges: Iterable[AddrRange] = ()) -> None:
         self._ranges = tuple(ranges)
@@ -49,6 +53,15 @@ class AddrRangeSeq:
                 first.start, first.end,
                 f"together with what follows {self.n_bytes:#x} bytes, more than can be counted",
             )  # fmt: skip
+        self.packed = _pack(self._ranges)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> bytes:
+            if name != "packed":
+                raise AttributeError(name, name=name, obj=self)
+            self.packed = _pack(self)
+            return self.packed
 
     def _part(self, index: int, offset: int, n_bytes: int) -> Self:
         part = object.__new__(type(self))
@@ -152,3 +165,30 @@ class AddrRangeSeq:
 
     def __repr__(self) -> str:
         return f"[{', '.join(map(repr, self))}]"
+
+
+def truncated_addr_range_seq(ars: AddrRangeSeq, rest: AddrRangeSeq, end: int) -> AddrRangeSeq:
+    """Return `ars` up to where it can be used. Later ranges stay in it, with length 0.
+
+    Args:
+        ars: All that was asked for.
+        rest: What is left of it, made by `tail` or `drop_first`: its first range is the one that
+            cannot be used, or not to its end.
+        end: Guest address up to which that range can be used; anything up to its start is nothing.
+
+    Preconditions:
+        - `rest` has a range, and it does not end before `end`.
+
+    Source: gVisor mm.truncatedAddrRangeSeq.
+    """
+    return ars.take_first(ars.n_bytes - rest.n_bytes + max(end - rest.head.start, 0))
+
+
+def _pack(ranges: Iterable[AddrRange]) -> bytes:
+    # One number of 128 bits a range, x86's byte order: faster than struct, and nothing to import.
+    return b"".join(
+        [
+            (min(ar.start, ADDRESS_LIMIT - 1) | (ar.end - ar.start) << 64).to_bytes(16, "little")
+            for ar in ranges
+        ]
+    )

@@ -228,7 +228,7 @@ class LinearFile:
 
     def __del__(self) -> None:
         # Quietly, as the arena does.
-        fd = getattr(self, "fd", -1)
+        fd, self.fd = getattr(self, "fd", -1), -1
         if fd >= 0:
             os.close(fd)
 

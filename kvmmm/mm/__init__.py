@@ -32,5 +32,7 @@ This package knows no KVM: the AS and the arena are given to it.
 """
 
 from kvmmm.mm.manager import MemoryManager
+from kvmmm.mm.policy import Policy
+from kvmmm.safemem.ffi import IOOpts
 
-__all__ = ["MemoryManager"]
+__all__ = ["IOOpts", "MemoryManager", "Policy"]

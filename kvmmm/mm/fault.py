@@ -73,6 +73,8 @@ def handle_user_fault(  # noqa: C901, PLR0912 - one straight line: each call cos
             if unit + unit_bytes < end:
                 end = unit + unit_bytes
         fo = start + pma.delta
+        if removal is not None:
+            removal.settle(mm)
         quickly = space.map_quickly
         if quickly is None or not quickly(start, end - start, pma.file, fo, pma.effective_perms):
             if removal is not None:

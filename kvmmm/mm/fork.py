@@ -58,7 +58,7 @@ def fork(
     """
     child = type(mm)(
         mm.arena, address_space, reservation,
-        layout=mm.layout, limits=copy.copy(mm.limits), eager_bytes=mm.eager_bytes,
+        layout=mm.layout, limits=copy.copy(mm.limits), eager_bytes=mm.eager_bytes, policy=mm.policy,
     )  # fmt: skip
     if mm.fault_log is not None:
         child.fault_log = FaultLog(mm.fault_log.max_counts)
@@ -177,6 +177,7 @@ class _Pieces:
         try:
             for start, end, pma, vma in self.to_copy:
                 self._copy_locked(start, end, pma, vma)
+            self._forget_locked()
             is_given = mm.address_space.fork_into(child.address_space)
             if not is_given:
                 self._protect_locked()
@@ -192,6 +193,15 @@ class _Pieces:
         self._share_locked()
         self._give_copies_locked()
         child.max_rss_bytes = child.pmas.span_bytes
+
+    def _forget_locked(self) -> None:
+        # No copy writes to what is shared from now on.
+        mm = self.mm
+        if self.shared:
+            mm.forget(0, mm.max_addr)
+        if mm.mirror is not None:
+            for start, end, _ in self.shared:
+                mm.mirror.unmap(start, end)
 
     def _protect_locked(self) -> None:
         # No CPU of the parent writes to what is shared from now on.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 from kvmmm.mm import (
     advice,
+    asio,
     backing,
     debug,
     fault,
     fork,
+    guest_file,
     heap,
+    internal,
     io,
     loading,
     lock,
@@ -22,12 +24,18 @@ from kvmmm.mm import (
     pma,
     protect,
     remap,
+    structs,
+    subscript,
     sync,
+    text,
     unmap,
+    vector,
     vma,
 )
 from kvmmm.mm.layout import Layout, Limits
+from kvmmm.mm.policy import Policy, default_policy
 from kvmmm.mm.window import Home, Window
+from kvmmm.safemem.ffi import CopyCore, GuardedLock, adopt, own_faults
 
 if TYPE_CHECKING:
     from kvmmm.arena import Arena, Reservation
@@ -41,7 +49,7 @@ if TYPE_CHECKING:
 _CHECKED = (
     "brk", "copy_in", "copy_out", "fork", "handle_user_fault", "madvise", "map_resident",
     "map_stack", "mlock", "mlockall", "mmap", "mmap_all", "mprotect", "mremap", "munlock",
-    "munlockall", "munmap", "pin", "populate", "set_anon_name", "set_brk", "zero_out",
+    "munlockall", "munmap", "pin", "pin_frames", "populate", "set_anon_name", "set_brk", "zero_out",
 )  # fmt: skip
 
 
@@ -76,7 +84,8 @@ class Counters:
 
 
 @debug.checked_after(*_CHECKED)
-class MemoryManager:
+@adopt
+class MemoryManager(CopyCore):
     """Memory of one guest: what may be accessed (vmas), what is there (pmas), how a CPU reaches it.
 
     Invariants: see the package comment; `check_invariants` checks them.
@@ -93,22 +102,28 @@ class MemoryManager:
             the hope of saving faults; by default none. Worth it where a translation is cheap to
             make and small mappings are soon touched (gVisor: 2 MiB); over memslots it would spend a
             slot for each.
+        policy: Which mechanism copies use; None is what calibration and environment say.
     """
 
     __slots__ = (
         "active_lock", "address_space", "arena", "brk_end", "brk_start", "captured", "counters",
         "data_bytes", "eager_bytes", "fault_log", "generation", "home", "last_fault", "layout",
-        "limits", "lock_mode", "locked_bytes", "mapping_lock", "max_addr", "max_rss_bytes", "pins",
-        "pmas", "unmapped", "vmas", "window",
+        "limits", "lock_mode", "locked_bytes", "mapping_lock", "max_rss_bytes", "pins", "pmas",
+        "policy", "unmapped", "vmas", "window",
     )  # fmt: skip
 
     def __init__(
         self, arena: Arena, address_space: AddressSpace, reservation: Reservation | None = None,
         *, layout: Layout | None = None, limits: Limits | None = None, eager_bytes: int = 0,
+        policy: Policy | None = None,
     ) -> None:  # fmt: skip
+        super().__init__(address_space.max_addr, arena.hva, arena.capacity_bytes)
+        own_faults()
         self.arena = arena
         self.address_space = address_space
-        self.max_addr = address_space.max_addr
+        self.walk = address_space.walk
+        self.policy = policy or default_policy()
+        self.apply_policy(self.policy.release_bytes, self.policy.mirror, self.policy.mirror_reuses)
         self.layout = layout or Layout(0, self.max_addr)
         self.limits = limits or Limits()
         self.eager_bytes = eager_bytes
@@ -121,7 +136,7 @@ class MemoryManager:
         self.brk_start = self.brk_end = 0
         self.data_bytes = self.locked_bytes = 0
         self.lock_mode = vma.LOCK_NONE
-        self.mapping_lock = threading.Lock()
+        self.mapping_lock = GuardedLock(self)
         # What is backed. Guarded by active_lock.
         self.pmas = pma.new_pma_set()
         self.window = Window()
@@ -136,7 +151,7 @@ class MemoryManager:
         self.pins: set[pin.Pin] = set()
         # While a fork fills this mm: what mappables have told it to forget meanwhile. The same.
         self.captured: list[tuple[AddrRange, bool]] | None = None
-        self.active_lock = threading.Lock()
+        self.active_lock = GuardedLock(self)
         # Where frames go by preference. Immutable until close.
         self.home = Home(arena, reservation, 0) if reservation is not None else None
 
@@ -161,13 +176,30 @@ class MemoryManager:
     handle_user_fault = fault.handle_user_fault
     map_resident = fault.map_resident
     fork = fork.fork
+    pin_frames = pin.pin_frames
     pin = pin.pin
 
-    copy_in = io.copy_in
-    copy_out = io.copy_out
-    read = io.read
-    write = io.write
-    zero_out = io.zero_out
+    # copy_in, copy_out, read, write, zero_out, the vectored and the atomic ones: CopyCore's.
+    check_io_range = io.check_io_range
+    ensure_pmas_exist = io.ensure_pmas_exist
+    check_io_vec = vector.check_io_vec
+    copy_out_from = vector.copy_out_from
+    copy_in_to = vector.copy_in_to
+    with_internal_mappings = internal.with_internal_mappings
+    with_vec_internal_mappings = internal.with_vec_internal_mappings
+    read_string = text.read_string
+    read_int = structs.read_int
+    write_int = structs.write_int
+    read_struct = structs.read_struct
+    write_struct = structs.write_struct
+    open = guest_file.open_guest_file
+    __getitem__ = subscript.getitem
+    __setitem__ = subscript.setitem
+    __iter__ = None  # what has items is iterated over from 0, otherwise
+    handle_asio_fault = asio.handle_asio_fault
+    _serve_copy = io.serve_copy
+    _copy_failed = io.copy_failed
+    _promote = asio.promote
 
     smaps = maps.smaps
     status = maps.status
@@ -209,6 +241,9 @@ class MemoryManager:
         """
         with self.mapping_lock:
             dropped = unmap.unmap_locked(self, 0, self.max_addr)
+            mirror, self.mirror = self.mirror, None
+            if mirror is not None:
+                mirror.release()
             if self.home is not None:
                 self.arena.unreserve(self.home.reservation)
                 self.home = None

@@ -97,8 +97,9 @@ def new_pma_set() -> SegmentSet[Pma]:
 class Removal:
     """What one operation takes away: collected first, done at the end and in the one safe order.
 
-    A frame must not be reachable by a CPU after its last reference is gone: so translations go
-    first, all of them by one call (one shootdown), and references last.
+    A frame must not be reachable after its last reference is gone. So copies lose sight of it first
+    (`settle`: whoever is still copying is waited for), then CPUs, by one call for all ranges (one
+    shootdown); references go last.
 
         removal = Removal()
         try:
@@ -107,15 +108,16 @@ class Removal:
             removal.run(mm)
     """
 
-    __slots__ = ("drops", "ranges")
+    __slots__ = ("drops", "n_settled", "ranges")
 
     def __init__(self) -> None:
         self.ranges: list[AddrRange] = []
+        self.n_settled = 0
         self.drops: list[tuple[File, FileRange]] = []
 
     def unmap(self, start: int, end: int) -> None:
         """Have no CPU use a translation in [start, end); adjacent ranges become one."""
-        if self.ranges and self.ranges[-1].end == start:
+        if len(self.ranges) > self.n_settled and self.ranges[-1].end == start:
             start = self.ranges.pop().start
         self.ranges.append(AddrRange(start, end))
 
@@ -123,13 +125,27 @@ class Removal:
         """Drop the reference of the pma that was at [start, end)."""
         self.drops.append((pma.file, pma.file_range(start, end)))
 
+    def settle(self, mm: MemoryManager) -> None:
+        """Have no copy use what was there; for who then maps something else over it.
+
+        Preconditions:
+            - active_lock is held.
+        """
+        mirror = mm.mirror
+        for ar in self.ranges[self.n_settled :]:
+            mm.forget(ar.start, ar.end)
+            if mirror is not None:
+                mirror.unmap(ar.start, ar.end)
+        self.n_settled = len(self.ranges)
+
     def replaced(self, start: int, end: int) -> None:
-        """Note that `map_file` has put something else into all of [start, end)."""
+        """Note that `map_file` has put something else into all of [start, end); it is settled."""
         ranges = self.ranges
         if len(ranges) == 1 and start <= ranges[0].start and ranges[0].end <= end:
             ranges.clear()
         else:
             self.ranges = [ar for ar in ranges if not (start <= ar.start and ar.end <= end)]
+        self.n_settled = len(self.ranges)
 
     def run(self, mm: MemoryManager) -> None:
         """Do it.
@@ -138,8 +154,10 @@ class Removal:
             - active_lock is held.
         """
         if self.ranges:
+            self.settle(mm)
             mm.address_space.unmap(self.ranges)
             self.ranges = []
+            self.n_settled = 0
         while self.drops:
             file, fr = self.drops.pop()
             file.dec_ref(fr)

@@ -35,6 +35,7 @@ table.
     tree       tables: new ones, copies, their ends
     scan       all leaves of a range
     tables     `PageTables`, what everybody else uses
+    walk       `PageWalk`, host addresses by the tables, for copies
     dump       one line a run
 
 The walks are C (`_native/pagetable.c`): they read and write entries, and stop where a table is

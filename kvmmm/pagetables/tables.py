@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from kvmmm.pagetables.allocator import TableAllocator
+    from kvmmm.safemem.ffi import PageWalk
 
 _map, _unmap, _protect = lib.kvmmm_pt_map, lib.kvmmm_pt_unmap, lib.kvmmm_pt_protect
 _lookup = lib.kvmmm_pt_lookup
@@ -149,8 +150,9 @@ class PageTables(TableTree):
         return done == _CHANGED
 
     def mapper(
-        self, bases: dict[Any, int], flags: tuple[int, ...], gpa: int, length_bytes: int, hva: int
-    ) -> PageMapper:
+        self, bases: dict[Any, int], flags: tuple[int, ...], gpa: int, length_bytes: int, hva: int,
+        walk: PageWalk,
+    ) -> PageMapper:  # fmt: skip
         """Return what edits leaves in tables that are there: one call of C, for faults.
 
         Args:
@@ -159,8 +161,9 @@ class PageTables(TableTree):
             gpa: What it replaces must lie in [gpa, gpa + length_bytes), and is shot down there.
             length_bytes: See there; 0 to replace nothing.
             hva: Host address of the same frames.
+            walk: Drained before what is replaced is let go.
         """
-        return PageMapper(address_of(self._c), bases, flags, gpa, length_bytes, hva)
+        return PageMapper(address_of(self._c), bases, flags, gpa, length_bytes, hva, walk)
 
     def unmap(self, gva: int, length_bytes: int) -> bool:
         """Remove every translation in [gva, gva + length_bytes).

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from kvmmm.hostarch.ranges import AddrRange, FileRange
     from kvmmm.memmap.file import File
+    from kvmmm.safemem.ffi import PageWalk
 
 
 class AddressSpace(Protocol):
@@ -43,6 +44,10 @@ class AddressSpace(Protocol):
         So with memslots, where a guest kernel keeps its own tables and stacks: such frames must
         never be write-protected, and a fork has to copy them.
         """
+
+    @property
+    def walk(self) -> PageWalk | None:
+        """What finds host addresses by the guest's own page tables; None where there are none."""
 
     def map_file(self, addr: int, file: File, fr: FileRange, perms: int) -> None:
         """Make [addr, addr + fr.length_bytes) reach `fr` with `perms`; replaces what was there.

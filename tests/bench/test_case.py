@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmmm.bench.case import MS, NS, RATIO, Case, Group
+from kvmmm.bench.case import EACH, MS, NS, RATIO, Case, Group
 from tests.bench.fake import FakeProbes, group_of, ratio_case
 
 
@@ -31,3 +31,13 @@ def test_only_keeps_the_named_cases_and_all_else() -> None:
     assert isinstance(chosen, Group)
     assert [case.name for case in chosen.cases] == ["fake/b"]
     assert (chosen.rounds, chosen.quick_rounds, chosen.open) == (7, 2, group.open)
+
+
+def test_a_case_of_several_times_has_one_of_each() -> None:
+    case = ratio_case(product=("p", EACH), floor=("f", EACH), each=("in", "out"), better="higher")
+
+    one = case.one_of_each("out")
+
+    assert (one.product, one.floor, one.each) == (("p", "out"), ("f", "out"), ())
+    assert (one.name, one.unit, one.goal, one.better) == (case.name, case.unit, 2.0, "higher")
+    assert one.value_of({"in": 1, "out": 6}, {"in": 1, "out": 2}) == 3.0

@@ -57,6 +57,23 @@ def test_a_missed_goal_is_shown_and_fails_nothing(invoke: Callable[..., Result])
     assert "missed" in result.stdout
 
 
+def test_what_is_missing_is_told_by_name_and_the_rest_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probes = FakeProbes(p=lambda _n: {"t": 30}, f=lambda _n: {"t": 20})
+    groups = [group_of(probes, [ratio_case(f"fake/{name}")]) for name in ("here", "gone")]
+    groups[1].missing = lambda: "no peer is installed"
+    monkeypatch.setattr(registry, "BENCHMARKS", {"fake": ("for tests", ("fake",))})
+    monkeypatch.setitem(sys.modules, "kvmmm.bench.fake", SimpleNamespace(GROUPS=groups))
+
+    result = CliRunner().invoke(command.bench, ["fake"])
+
+    assert result.exit_code == 0
+    assert "fake/gone: skipped: no peer is installed" in result.stderr
+    assert "fake/here" in result.stdout
+    assert "fake/gone" not in result.stdout
+
+
 def test_a_count_above_its_limit_fails_loudly(invoke: Callable[..., Result]) -> None:
     result = invoke("fake", product=lambda _n: {"t": 30, "exits": 65})
 

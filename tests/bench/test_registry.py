@@ -28,7 +28,18 @@ GOALS = {
     "mm/cow_break_window": ("ratio", 1.15),
     "mm/fork_1g": ("ms", 5),
     "mm/fork_after": ("ratio", 1.5),
+    "copies/small_slice": ("ratio", 1.25),
+    "copies/small_unicorn": ("ratio", 18),
+    "copies/small_process_vm": ("ratio", 50),
+    "copies/large_memcpy": ("ratio", 0.95),
+    "copies/pma_scaling": ("ratio", 1.15),
+    "copies/spinner": ("ratio", 1.15),
+    "copies/cold_64k": ("ratio", 1.15),
+    "copies/cold_64": ("ratio", 2.5),
+    "copies/mirror_first_touch": ("ratio", 1.2),
+    "copies/vec_16x64": ("ratio", 3),
 }
+HIGHER = {"copies/small_unicorn", "copies/small_process_vm", "copies/large_memcpy"}
 
 
 def test_every_goal_has_its_case() -> None:
@@ -36,6 +47,7 @@ def test_every_goal_has_its_case() -> None:
 
     with_goal = {c.name: (c.unit, c.goal) for c in cases.values() if c.goal is not None}
     assert with_goal == GOALS
+    assert {c.name for c in cases.values() if c.better == "higher"} == HIGHER
     assert cases["exits/console_lines"].limits == {"exits": 64}
     assert cases["paging/touch_64m"].limits == {"exits": 40}
 
@@ -58,7 +70,9 @@ def test_one_case_can_be_asked_for() -> None:
 
 @pytest.mark.parametrize("name", ["nonsense", "exits/nonsense", "", "nonsense/pio"])
 def test_an_unknown_name_lists_those_that_there_are(name: str) -> None:
-    with pytest.raises(UnknownBenchmarkError, match="startup, exits, paging, mm, all") as caught:
+    with pytest.raises(
+        UnknownBenchmarkError, match="startup, exits, paging, mm, copies, all"
+    ) as caught:
         groups_of(name)
 
     assert caught.value.name == name

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from kvmmm.bench.case import MS, NS, WORST, Case
+from kvmmm.bench.case import EACH, MS, NS, WORST, Case
 from kvmmm.bench.runner import LABELS, measure
 from tests.bench.fake import FakeProbes, group_of, ratio_case
 
@@ -180,3 +180,23 @@ def test_a_difference_of_nothing_without_a_goal_is_no_division_by_zero() -> None
     [record] = measure(group_of(steady(10, 10), [case]))
 
     assert (record.value, record.aa) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("better", "worst", "value"), [("lower", "out", 3), ("higher", "in", 2)])
+def test_of_several_times_the_worst_median_counts(better: str, worst: str, value: float) -> None:
+    # In every single round it is another one that is worst.
+    spikes = [0, 0, 70, 0, 0, 90, 0, 0]
+    probes = FakeProbes(
+        p=lambda n: {"in": 20 + spikes[n - 1], "out": 30 - spikes[n - 1] / 10},
+        f=lambda _n: {"in": 10, "out": 10},
+    )
+    case = ratio_case(product=("p", EACH), floor=("f", EACH), each=("in", "out"), better=better)
+
+    [record] = measure(group_of(probes, [case], rounds=3), shuffle=in_order)
+
+    assert record.case is case
+    assert record.value == value
+    assert record.n == 6
+    assert record.extra["worst"] == worst
+    assert (record.extra["in"], record.extra["out"]) == (2.0, 3.0)
+    assert record.extra["product_ns"] == value * 10

@@ -35,6 +35,7 @@ pytestmark = [
         "exits/console_lines",
         "mm/find_100k",
         "mm/cow_break_page",
+        "copies/small_slice",
         pytest.param("paging/touch_64m", marks=pytest.mark.slow),
     ],
 )

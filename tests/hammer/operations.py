@@ -211,7 +211,7 @@ class Operations:
         with self.cells.dropping(f"pin of cells {found}"):
             for c in range(*found):
                 try:
-                    self._pins.append(self.mm.pin(self.cells.addr(c), PAGE, READ_WRITE))
+                    self._pins.append(self.mm.pin_frames(self.cells.addr(c), PAGE, READ_WRITE))
                 except GuestFaultError:
                     if KINDS[c] not in {FILE, FILE_COPY}:
                         raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from kvmmm.errors import RangeError
 from kvmmm.hostarch.addr import ADDRESS_LIMIT
 from kvmmm.hostarch.ranges import AddrRange
-from kvmmm.hostarch.ranges_seq import MAX_BYTES, AddrRangeSeq
+from kvmmm.hostarch.ranges_seq import MAX_BYTES, AddrRangeSeq, truncated_addr_range_seq
 
 Pairs = list[tuple[int, int]]
 
@@ -40,6 +42,11 @@ def check_by_tails(seq: AddrRangeSeq, wanted: Pairs) -> None:
         seq = seq.tail
         left -= end - start
     assert (seq.is_empty, seq.n_ranges, seq.n_bytes) == (True, 0, 0)
+
+
+def unpacked(seq: AddrRangeSeq) -> Pairs:
+    numbers = struct.iter_unpack("=QQ", seq.packed)
+    return [(start, start + length_bytes) for start, length_bytes in numbers]
 
 
 @pytest.mark.parametrize("pairs", TABLES.values(), ids=TABLES)
@@ -160,3 +167,43 @@ def test_model(ranges: list[AddrRange], cuts: list[tuple[bool, int]]):
         seq, model = new, (dropped if is_drop else taken)(model, n_bytes)
         pairs = [(one.start, one.stop) for one in model]
         check_by_tails(seq, pairs)
+        assert unpacked(seq) == pairs
+        assert seq.packed is seq.packed  # made once
+
+
+@given(RANGES, CUTS)
+def test_packed_is_what_iteration_gives(ranges: list[AddrRange], cuts: list[tuple[bool, int]]):
+    """In every order of asking: derived from what has been packed, and from what has not."""
+    seq = AddrRangeSeq(ranges)
+    for is_drop, n_bytes in cuts:
+        seq = seq.drop_first(n_bytes) if is_drop else seq.take_first(n_bytes)
+    assert unpacked(seq) == [(ar.start, ar.end) for ar in seq]
+
+
+def test_packed_at_the_end_of_all_addresses():
+    """2**64 itself is no 64-bit number; only a range without bytes can be there."""
+    last = ADDRESS_LIMIT - 1
+    seq = AddrRangeSeq([AddrRange(last, ADDRESS_LIMIT), AddrRange(ADDRESS_LIMIT, ADDRESS_LIMIT)])
+    assert seq.packed == struct.pack("=4Q", last, 1, last, 0)
+    assert seq.tail.packed == struct.pack("=2Q", last, 0)
+    assert AddrRangeSeq().packed == AddrRangeSeq().drop_first(7).packed == b""
+    with pytest.raises(AttributeError, match="unpacked"):
+        _ = AddrRangeSeq().unpacked  # type: ignore[attr-defined]
+
+
+@given(RANGES, st.data())
+def test_truncated(ranges: list[AddrRange], data: st.DataObject):
+    seq = AddrRangeSeq(ranges)
+    rest = seq
+    for _ in range(data.draw(st.integers(0, max(len(ranges) - 1, 0)))):
+        rest = rest.tail
+    if rest.is_empty:
+        return
+    end = data.draw(st.integers(0, rest.head.end))
+    cut = truncated_addr_range_seq(seq, rest, end)
+    n_before = seq.n_ranges - rest.n_ranges
+    wanted = ranges[:n_before]
+    for i, ar in enumerate(ranges[n_before:]):
+        stop = max(end, ar.start) if i == 0 else ar.start
+        wanted.append(AddrRange(ar.start, stop))
+    assert list(cut) == wanted

@@ -309,7 +309,7 @@ def test_pages_of_a_pin_are_not_a_relatives(family: Family):
     """A reference more, and yet nobody to copy from."""
     parent = family.first
     parent.store(START, b"x")
-    with parent.mm.pin(START, 1, READ):
+    with parent.mm.pin_frames(START, 1, READ):
         parent.mm.mprotect(START, HUGE, READ)
         parent.mm.mprotect(START, HUGE, READ_WRITE)
         offset = parent.offset(START)

@@ -47,7 +47,7 @@ def populate(one: Process) -> None:
 
 
 def pin(one: Process) -> None:
-    one.mm.pin(START + HUGE, 1, READ).release()
+    one.mm.pin_frames(START + HUGE, 1, READ).release()
 
 
 def shared(one: Process) -> None:
@@ -118,7 +118,7 @@ def test_at_every_step_of_a_long_story(hoard: Hoard, family: Family):
     parent = family.first
     parent.mm.mprotect(START, HUGE, 7)  # copies are a page each there
     parent.store(START, b"x" * 6 * PAGE)
-    pins = [parent.mm.pin(START + 4 * PAGE, PAGE, READ)]
+    pins = [parent.mm.pin_frames(START + 4 * PAGE, PAGE, READ)]
     for n_pages in range(9):
         child = None
         hoard.take_all()

@@ -132,7 +132,7 @@ class Families(RuleBasedStateMachine):
     @rule(index=INDEX, page=PAGES)
     def pins_a_page(self, index: int, page: int) -> None:
         one, content = self.page(index, page)
-        self.pins.append((one.mm.pin(START + page * PAGE, PAGE, READ), content, one))
+        self.pins.append((one.mm.pin_frames(START + page * PAGE, PAGE, READ), content, one))
 
     @precondition(lambda self: self.pins)
     @rule(index=INDEX)

@@ -123,7 +123,7 @@ def test_a_file_that_may_only_be_read(path: Path):
 def test_pins_of_a_file(family: Family, file: HostFile):
     one = family.first
     one.map(START, START + 4 * PAGE, mappable=file, private=False)
-    with one.mm.pin(START + PAGE, PAGE, READ) as pin:
+    with one.mm.pin_frames(START + PAGE, PAGE, READ) as pin:
         one.mm.munmap(START, 4 * PAGE)
         _, held, fr = pin.ranges[0]
         part = bytearray(2)

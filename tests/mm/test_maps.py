@@ -234,7 +234,7 @@ class TestStatus:
         setup.map(2 * HUGE, 2 * HUGE + 4 * PAGE, grows_down=True, stack=True)
         setup.mm.populate(0, 16 * PAGE)
         setup.mm.munmap(0, 4 * PAGE)
-        with setup.mm.pin(4 * PAGE, 3 * PAGE, WRITE):
+        with setup.mm.pin_frames(4 * PAGE, 3 * PAGE, WRITE):
             status = fields_of(setup.mm.status())
         assert status == {
             "VmSize": 96, "VmLck": 32, "VmPin": 12, "VmHWM": 96, "VmRSS": 80, "RssAnon": 80,

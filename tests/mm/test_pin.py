@@ -39,7 +39,7 @@ def read(pin: Pin) -> bytes:
 def test_its_frames_are_those_of_the_guest(family: Family):
     one = family.first
     one.store(START + HUGE - 3, b"abcdef")
-    with one.mm.pin(START + HUGE - 3, 6, READ) as pin:
+    with one.mm.pin_frames(START + HUGE - 3, 6, READ) as pin:
         assert pin.error is None
         assert [(ar.start, ar.end) for ar, _, _ in pin.ranges] == [
             (START + HUGE - PAGE, START + HUGE + PAGE)
@@ -56,7 +56,7 @@ def test_it_outlives_its_mapping_and_its_mm():
         one = family.first
         one.map(START, START + HUGE)
         one.store(START, b"kept")
-        pin = one.mm.pin(START, 1, READ)
+        pin = one.mm.pin_frames(START, 1, READ)
         one.mm.munmap(START, HUGE)
         assert read(pin)[:4] == b"kept"
         assert family.arena.statistics().used_bytes == PAGE
@@ -67,12 +67,12 @@ def test_it_outlives_its_mapping_and_its_mm():
 
 def test_the_tail_cannot_be_used(family: Family):
     one = family.first
-    with one.mm.pin(START + 4 * HUGE - 2 * PAGE, 4 * PAGE, WRITE) as pin:
+    with one.mm.pin_frames(START + 4 * HUGE - 2 * PAGE, 4 * PAGE, WRITE) as pin:
         assert [ar.length_bytes for ar, _, _ in pin.ranges] == [2 * PAGE]
         assert isinstance(pin.error, GuestFaultError)
         assert pin.error.addr == START + 4 * HUGE
     one.mm.mprotect(START + PAGE, PAGE, READ)
-    with one.mm.pin(START, 3 * PAGE, WRITE) as pin:
+    with one.mm.pin_frames(START, 3 * PAGE, WRITE) as pin:
         assert [ar.length_bytes for ar, _, _ in pin.ranges] == [PAGE]
         assert isinstance(pin.error, GuestFaultError)
         assert (pin.error.addr, pin.error.mapped) == (START + PAGE, True)
@@ -86,7 +86,7 @@ def test_nothing_can_be_used(family: Family, perms: int | None):
     else:
         one.mm.mprotect(START, PAGE, perms)
     with pytest.raises(GuestFaultError) as caught:
-        one.mm.pin(START + 5, 1, READ)
+        one.mm.pin_frames(START + 5, 1, READ)
     assert (caught.value.addr, caught.value.mapped) == (START + 5, perms is not None)
     assert not one.mm.pins
 
@@ -94,18 +94,18 @@ def test_nothing_can_be_used(family: Family, perms: int | None):
 def test_behind_a_files_end(family: Family):
     one = family.first
     one.map(0x10000, 0x14000, mappable=FakeMappable(FakeFile(2 * PAGE)))
-    with one.mm.pin(0x10000, 0x4000, READ) as pin:
+    with one.mm.pin_frames(0x10000, 0x4000, READ) as pin:
         assert sum(ar.length_bytes for ar, _, _ in pin.ranges) == 2 * PAGE
         assert isinstance(pin.error, GuestBusError)
     with pytest.raises(GuestBusError) as caught:
-        one.mm.pin(0x12003, 4, READ)
+        one.mm.pin_frames(0x12003, 4, READ)
     assert caught.value.addr == 0x12003
 
 
 def test_malformed(family: Family):
     for addr, length in ((START, 0), (START, -1), (-PAGE, PAGE)):
         with pytest.raises(RangeError):
-            family.first.mm.pin(addr, length, READ)
+            family.first.mm.pin_frames(addr, length, READ)
 
 
 def test_shared_file_pages_stay_the_files(family: Family):
@@ -113,7 +113,7 @@ def test_shared_file_pages_stay_the_files(family: Family):
     mappable = FakeMappable(file)
     one = family.first
     one.map(0x10000, 0x14000, mappable=mappable, private=False)
-    with one.mm.pin(0x11000, PAGE, READ_WRITE) as pin:
+    with one.mm.pin_frames(0x11000, PAGE, READ_WRITE) as pin:
         assert pin.ranges[0][1] is file
         assert file.references[PAGE] == 2
         file.bytes[PAGE] = 0x41
@@ -126,7 +126,7 @@ def test_a_private_file_page_is_copied_even_for_reading(family: Family):
     file.bytes[:4] = b"file"
     one = family.first
     one.map(0x10000, 0x14000, READ, mappable=FakeMappable(file))
-    with one.mm.pin(0x10000, PAGE, READ) as pin:
+    with one.mm.pin_frames(0x10000, PAGE, READ) as pin:
         assert pin.ranges[0][1] is family.arena
         assert read(pin)[:4] == b"file"
         one.mm.mprotect(0x10000, PAGE, READ_WRITE)
@@ -141,7 +141,7 @@ def test_several_forks_of_pinned_pages(walks_frames: bool):
         one = family.first
         one.map(START, START + HUGE)
         one.store(START, b"A" * 8 * PAGE)
-        pins = [one.mm.pin(START + i * PAGE, PAGE, READ_WRITE) for i in (1, 2, 5)]
+        pins = [one.mm.pin_frames(START + i * PAGE, PAGE, READ_WRITE) for i in (1, 2, 5)]
         for letter in (b"B", b"C"):
             child = family.fork(one)
             family.check()
@@ -163,7 +163,7 @@ def test_a_fork_without_room_for_pinned_pages():
         one = family.first
         one.map(START, START + HUGE)
         one.store(START, b"A")
-        with one.mm.pin(START, PAGE, READ_WRITE):
+        with one.mm.pin_frames(START, PAGE, READ_WRITE):
             before = one.pmas(), dict(one.space.pages)
             with pytest.raises(ArenaExhaustedError):
                 family.fork(one)
@@ -175,8 +175,8 @@ def test_a_fork_without_room_for_pinned_pages():
 def test_two_pins_of_one_page(family: Family):
     one = family.first
     one.store(START, b"x")
-    first = one.mm.pin(START, 1, READ)
-    second = one.mm.pin(START, 1, READ)
+    first = one.mm.pin_frames(START, 1, READ)
+    second = one.mm.pin_frames(START, 1, READ)
     family.check()
     assert family.arena.ref_count(one.offset(START)) == 3
     second.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -199,7 +200,8 @@ def test_against_a_naive_search(
 ):  # fmt: skip
     low, high = bases[0] * PAGE, bases[1] * PAGE
     layout = Layout(0, END, bottom_up_base=low, top_down_base=high, top_down=top_down)
-    mm = MemoryManager(None, FakeAddressSpace(END), layout=layout)  # type: ignore[arg-type]
+    arena = SimpleNamespace(hva=0, capacity_bytes=0)
+    mm = MemoryManager(arena, FakeAddressSpace(END), layout=layout)  # type: ignore[arg-type]
     placed = []
     for page, n_pages, grows_down in sorted(vmas):
         start, end = page * PAGE, min((page + n_pages) * PAGE, END)

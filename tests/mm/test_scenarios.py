@@ -129,7 +129,7 @@ def test_pinned_pages_copied_on_fork():
         parent = family.first
         addr = parent.mm.mmap(3 * PAGE, READ_WRITE).start
         parent.mm.copy_out(addr, b"A" * 3 * PAGE)
-        pin = parent.mm.pin(addr + PAGE, PAGE, READ_WRITE)
+        pin = parent.mm.pin_frames(addr + PAGE, PAGE, READ_WRITE)
         for before, after in ((b"A", b"B"), (b"B", b"C")):  # the second finds pmas split already
             child = family.fork(parent)
             parent.mm.copy_out(addr, after * 3 * PAGE)
@@ -146,7 +146,7 @@ def test_pin_unshares_copy_on_write_pages():
         addr = parent.mm.mmap(PAGE, READ_WRITE).start
         parent.mm.copy_out(addr, b"A" * PAGE)
         child = family.fork(parent)
-        with parent.mm.pin(addr, PAGE, READ) as pin:
+        with parent.mm.pin_frames(addr, PAGE, READ) as pin:
             parent.mm.copy_out(addr, b"B" * PAGE)
             assert held_by(pin) == b"B" * PAGE
         assert child.mm.read(addr, PAGE) == b"A" * PAGE
@@ -157,7 +157,7 @@ def test_unpinned_pages_copy_on_write_after_fork():
         parent = family.first
         addr = parent.mm.mmap(PAGE, READ_WRITE).start
         parent.mm.copy_out(addr, b"A" * PAGE)
-        parent.mm.pin(addr, PAGE, READ_WRITE).release()
+        parent.mm.pin_frames(addr, PAGE, READ_WRITE).release()
         family.fork(parent)
         found = parent.mm.pmas.find(addr)
         assert found is not None

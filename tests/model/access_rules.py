@@ -160,7 +160,7 @@ def pins(w: World, who: int, at: int, offset: int, length: int, access: int) -> 
     made: list[Any] = []
 
     def pin() -> bool:
-        made.append(m.mm.pin(addr, length, access))
+        made.append(m.mm.pin_frames(addr, length, access))
         return made[-1].error is None
 
     def model() -> bool:

@@ -129,7 +129,7 @@ def test_fork():
         used: list[int] = []
 
         def take(process: Any, _args: object) -> int:
-            pins.append(process.mm.pin(BASE + PAGE, PAGE, READ))
+            pins.append(process.mm.pin_frames(BASE + PAGE, PAGE, READ))
             hoard.take_all()
             used.append(vm.arena.statistics().used_bytes)
             return 0

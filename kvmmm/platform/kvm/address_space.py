@@ -56,6 +56,7 @@ class MemslotAddressSpace:
     map_unit_bytes = 0
     walks_frames = True
     map_quickly = None
+    walk = None
 
     def __init__(self, vm: Vm, max_addr: int) -> None:
         self.vm = vm

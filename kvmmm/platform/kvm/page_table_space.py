@@ -20,6 +20,7 @@ from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_SHIFT
 from kvmmm.pagetables import PageTables
 from kvmmm.pagetables.pte import PML4E_SPAN_BYTES, PTE_NX, PTE_W, access_of, flags_of
 from kvmmm.pagetables.runs import RunScan
+from kvmmm.pagetables.walk import walk_of
 from kvmmm.platform.kvm.shootdown import Shootdown, SpaceStatistics
 from kvmmm.platform.kvm.shootdown_trial import proven_on
 
@@ -61,6 +62,8 @@ class PageTableAddressSpace:
         walks_frames: False: the tables are in frames of our own.
         root_gpa: What goes into CR3; another one after some changes.
         map_quickly: See `AddressSpace`.
+        walk: See `AddressSpace`. When an operation returns, no walk without the GIL uses what it
+            took away; after `release` nothing is found.
     """
 
     min_window_bytes = HUGE_PAGE_BYTES
@@ -94,10 +97,12 @@ class PageTableAddressSpace:
         self._scan = RunScan(self._tables)
         # Most of map_file, for who is in a hurry; what it has mapped is counted at the next change.
         arena = physical.arena
+        base = physical.bases[arena]
+        self.walk = walk_of(self._tables, base, arena.capacity_bytes, arena.hva)
         can_drop = proven.dontneed or not has_shootdown
         self._mapper = self._tables.mapper(
-            physical.bases, _FLAGS, physical.bases[arena],
-            arena.capacity_bytes if can_drop else 0, arena.hva,
+            physical.bases, _FLAGS, base, arena.capacity_bytes if can_drop else 0, arena.hva,
+            self.walk,
         )  # fmt: skip
         self.map_quickly = self._mapper.map
         self.root_gpa = self._tables.root_gpa
@@ -285,6 +290,7 @@ class PageTableAddressSpace:
                 self._physical.loaded.pop(vcpu, None)
             self._vcpus.clear()
             self.root_gpa = 0
+        self.walk.close()
         with self._physical.recycling:
             self._tables.release()
         self._count(0)
@@ -328,6 +334,7 @@ class PageTableAddressSpace:
         tables = self._tables
         if tables.root_gpa != self.root_gpa:
             self._load_root()
+        self.walk.drain()
         is_crowded = tables.n_quarantined > _QUARANTINE_MIN + (tables.n_tables >> 2)
         shootdown = self._shootdown
         if shootdown is None or not self._was_loaded:
@@ -348,6 +355,7 @@ class PageTableAddressSpace:
         """Have tables back that wait for a zap."""
         if self._tables.root_gpa != self.root_gpa:
             self._load_root()
+        self.walk.drain()
         with self._physical.recycling:
             self._zap()
             self._tables.recycle(zapped=True)

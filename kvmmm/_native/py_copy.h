@@ -1,0 +1,164 @@
+/* py_copy.h: the Python types around copies: CopyCore and what it asks. */
+#ifndef KVMMM_PY_COPY_H
+#define KVMMM_PY_COPY_H
+
+#include "py.h"
+
+#include "frames.h"
+#include "mirror.h"
+#include "safecopy.h"
+#include "section.h"
+#include "walk.h"
+
+/* ---- who else has a type here --------------------------------------------------------------------- */
+
+/* The C state inside a PageWalk or Mirror, or NULL with TypeError set. Both live as long as the object. */
+struct kvmmm_walk *py_walk_of(PyObject *walk);
+struct kvmmm_mirror *py_mirror_of(PyObject *mirror);
+
+int py_walk_register(PyObject *module);
+int py_mirror_register(PyObject *module);
+int py_pinned_register(PyObject *module);
+int py_safecopy_register(PyObject *module);
+int py_copy_register(PyObject *module);
+int py_options_register(PyObject *module);
+int py_lock_register(PyObject *module);
+
+/* ---- threads inside a Reader or Writer ------------------------------------------------------------- */
+
+/* Which threads of one mm are; shared by its CopyCore and its locks. With the GIL held. */
+enum { PY_INSIDE_MAX = 64 };
+struct py_inside {
+    unsigned n_owners, n;
+    unsigned long threads[PY_INSIDE_MAX];
+};
+
+struct py_inside *py_inside_share(struct py_inside *inside);
+void py_inside_drop(struct py_inside *inside);
+/* 0, or -1 with StateError set: this thread is inside. */
+int py_inside_refuse(const struct py_inside *inside, const char *what);
+
+/* ---- options ------------------------------------------------------------------------------------- */
+
+/* Of one call, as `opts=IOOpts(...)` or `ignore_permissions=...` say; also what _serve_copy is told. */
+enum {
+    PY_COPY_IGNORE_PERMISSIONS = 1,
+    PY_COPY_INACTIVE = 2, /* the address space is not active: not through it */
+    PY_COPY_ATOMIC = 4,   /* what is to be done is a word operation's */
+    PY_COPY_MECHANISM_SHIFT = 4,
+    PY_COPY_AUTO = 0 << PY_COPY_MECHANISM_SHIFT,
+    PY_COPY_INTERNAL = 1 << PY_COPY_MECHANISM_SHIFT,
+    PY_COPY_WALK = 2 << PY_COPY_MECHANISM_SHIFT,
+    PY_COPY_MIRROR = 3 << PY_COPY_MECHANISM_SHIFT,
+    PY_COPY_MECHANISM_MASK = 3 << PY_COPY_MECHANISM_SHIFT,
+};
+
+/* The keywords of a FASTCALL, whose values are at @p values. Flags, or -1 with TypeError set. */
+int py_copy_options(PyObject *const *values, PyObject *names);
+
+/* ---- CopyCore ------------------------------------------------------------------------------------- */
+
+struct py_copy_core {
+    PyObject_HEAD
+    uint64_t max_addr;
+    struct kvmmm_frames frames;
+    struct kvmmm_section section;
+    struct py_inside *inside;
+    struct kvmmm_walk *walk;
+    struct kvmmm_mirror *mirror;
+    PyObject *walk_object, *mirror_object; /* keep those two */
+    /* The policy (kvmmm.mm.policy): copies of so many bytes release the GIL; whether a copy goes through
+     * the mirror where that is resident; how often a region of 2 MiB is copied before it is mirrored. */
+    uint64_t release_bytes;
+    bool uses_mirror;
+    uint32_t promote_after;
+};
+
+extern PyTypeObject *py_copy_type;
+
+/* One copy on its way. */
+struct py_copy {
+    struct py_copy_core *core;
+    uint64_t addr, n_bytes, done;
+    uint64_t before;    /* bytes done by earlier ranges of the same operation */
+    uint8_t *host;      /* of the byte for addr; NULL: zeros */
+    unsigned access;    /* KVMMM_FRAME_READ: guest -> host; KVMMM_FRAME_WRITE: host -> guest */
+    unsigned flags;     /* PY_COPY_*; the mechanism is settled before it begins */
+    bool may_block;     /* the host's buffer may fault: not with the GIL held */
+    const void *word;   /* an atomic operation, done by Python where C cannot find the word */
+};
+
+/* The mechanism that is used: the forced one, where it can be. */
+void py_copy_settle(struct py_copy *c);
+/* Settle it, check the range. 0, or -1 with an error set. */
+int py_copy_begin_slowly(struct py_copy *c);
+static inline int py_copy_begin(struct py_copy *c)
+{
+    uint64_t max_addr = c->core->max_addr;
+    bool is_plain = !(c->flags & PY_COPY_MECHANISM_MASK) && c->addr <= max_addr && c->n_bytes <= max_addr - c->addr;
+    return is_plain ? 0 : py_copy_begin_slowly(c);
+}
+/* Move all of it. 0, or -1 with an error set, and c->done bytes moved. */
+int py_copy_run(struct py_copy *c);
+/* Have Python serve what cannot be found at addr + done. Bytes that it has moved, or -1 with an error. */
+int64_t py_copy_serve(struct py_copy *c, unsigned *n_tries);
+/* Where the rest begins, and how much of it lies side by side; 0: not to be found. */
+uintptr_t py_copy_find(const struct py_copy *c, uint64_t n, uint64_t *n_ret);
+/* The usual copy: small, of memory that was copied before and lies in one piece. Whether it was one; if not,
+ * nothing is lost: py_copy_run goes on from c->done. With the GIL held from look-up to end, nobody can take
+ * the frames away meanwhile. */
+static inline bool py_copy_quickly(struct py_copy *c)
+{
+    const struct py_copy_core *core = c->core;
+    uint64_t n;
+    if ((c->flags & PY_COPY_MECHANISM_MASK) > PY_COPY_INTERNAL || core->uses_mirror || c->may_block ||
+        c->n_bytes >= core->release_bytes || !c->n_bytes || !core->frames.chunks)
+        return false;
+    unsigned need = c->flags & PY_COPY_IGNORE_PERMISSIONS ? c->access << KVMMM_FRAME_MAX_SHIFT : c->access;
+    uintptr_t hva = kvmmm_frames_find(&core->frames, c->addr, c->n_bytes, need, &n);
+    if (!hva || n != c->n_bytes)
+        return false;
+    struct kvmmm_fault fault = {0, 0};
+    c->done = c->access == KVMMM_FRAME_READ ? kvmmm_copy(c->host, (const void *)hva, n, &fault)
+              : c->host                     ? kvmmm_copy((void *)hva, c->host, n, &fault)
+                                            : kvmmm_zero((void *)hva, n, &fault);
+    return c->done == n;
+}
+/* Raise what `_copy_failed` raises for it. -1. */
+int py_copy_fail(const struct py_copy *c, const char *why);
+
+/* An address or a length: -1 with TypeError set if it is no integer. Out of 64 bits: *ret is the largest,
+ * which no range has. */
+int py_copy_number(PyObject *object, uint64_t *ret);
+
+/* The host's side. */
+struct py_copy_buffer {
+    Py_buffer view; /* view.obj NULL: nothing to release */
+    bool may_block;
+};
+int py_copy_source(PyObject *object, struct py_copy_buffer *b);
+int py_copy_target(PyObject *object, struct py_copy_buffer *b);
+void py_copy_release(struct py_copy_buffer *b);
+
+/* CopyCore's methods: py_copy_bytes.c, py_copy_vec.c, py_copy_atomic.c. */
+#define PY_COPY_METHOD(name) \
+    PyObject *py_copy_##name(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *names)
+PY_COPY_METHOD(copy_in);
+PY_COPY_METHOD(copy_out);
+PY_COPY_METHOD(read);
+PY_COPY_METHOD(zero_out);
+PY_COPY_METHOD(copy_in_vec);
+PY_COPY_METHOD(copy_out_vec);
+PY_COPY_METHOD(copy_in_many);
+PY_COPY_METHOD(copy_out_many);
+PY_COPY_METHOD(swap_uint32);
+PY_COPY_METHOD(compare_and_swap_uint32);
+PY_COPY_METHOD(load_uint32);
+int py_copy_names(void);
+int py_copy_vec_names(void);
+/* What Python does in its slow path. */
+PyObject *py_copy_move(PyObject *self, PyObject *args);
+PyObject *py_copy_move_fresh(PyObject *self, PyObject *const *args, Py_ssize_t n);
+PyObject *py_copy_atomic(PyObject *self, PyObject *args);
+
+#endif
