@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from kvmmm.errors import (
         EXIT_CODES,
         ArenaExhaustedError,
+        GuestBusError,
         GuestConsoleError,
         GuestFaultError,
+        HostBufferError,
         ImageError,
         IoctlError,
         KvmmmError,
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
     )
     from kvmmm.hostarch.access import ANY_ACCESS, EXECUTE, READ, READ_EXECUTE, READ_WRITE, WRITE
     from kvmmm.hostarch.ranges import AddrRange, FileRange
-    from kvmmm.mm import MemoryManager
+    from kvmmm.hostarch.ranges_seq import AddrRangeSeq
+    from kvmmm.mm import IOOpts, MemoryManager, Policy
+    from kvmmm.safemem.block import BlockSeq
+    from kvmmm.safemem.stream import Reader, Writer
     from kvmmm.vmm.image import Image, read_image
     from kvmmm.vmm.image_file import ImageNotFoundError
     from kvmmm.vmm.microvm import MicroVM
@@ -50,11 +55,16 @@ __all__ = [
     "READ_WRITE",
     "WRITE",
     "AddrRange",
+    "AddrRangeSeq",
     "Arena",
     "ArenaExhaustedError",
+    "BlockSeq",
     "FileRange",
+    "GuestBusError",
     "GuestConsoleError",
     "GuestFaultError",
+    "HostBufferError",
+    "IOOpts",
     "Image",
     "ImageError",
     "ImageNotFoundError",
@@ -63,12 +73,15 @@ __all__ = [
     "KvmmmError",
     "MemoryManager",
     "MicroVM",
+    "Policy",
     "RangeError",
+    "Reader",
     "RunResult",
     "RunStatistics",
     "StateError",
     "UserVM",
     "VcpuError",
+    "Writer",
     "read_image",
 ]
 
@@ -76,15 +89,18 @@ __all__ = [
 _HOMES = {
     "kvmmm.arena": ("Arena",),
     "kvmmm.errors": (
-        *("EXIT_CODES", "ArenaExhaustedError", "GuestConsoleError", "GuestFaultError"),
-        *("ImageError", "IoctlError", "KvmUnavailableError", "KvmmmError", "RangeError"),
-        *("StateError", "VcpuError"),
+        *("EXIT_CODES", "ArenaExhaustedError", "GuestBusError", "GuestConsoleError"),
+        *("GuestFaultError", "HostBufferError", "ImageError", "IoctlError"),
+        *("KvmUnavailableError", "KvmmmError", "RangeError", "StateError", "VcpuError"),
     ),
     "kvmmm.hostarch.access": (
         *("ANY_ACCESS", "EXECUTE", "READ", "READ_EXECUTE", "READ_WRITE", "WRITE"),
     ),
     "kvmmm.hostarch.ranges": ("AddrRange", "FileRange"),
-    "kvmmm.mm": ("MemoryManager",),
+    "kvmmm.hostarch.ranges_seq": ("AddrRangeSeq",),
+    "kvmmm.mm": ("IOOpts", "MemoryManager", "Policy"),
+    "kvmmm.safemem.block": ("BlockSeq",),
+    "kvmmm.safemem.stream": ("Reader", "Writer"),
     "kvmmm.vmm.image": ("Image", "read_image"),
     "kvmmm.vmm.image_file": ("ImageNotFoundError",),
     "kvmmm.vmm.microvm": ("MicroVM",),

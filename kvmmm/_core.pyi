@@ -437,6 +437,9 @@ class GuardedLock:
     def __enter__(self) -> bool: ...
     def __exit__(self, *args: object) -> None: ...
 
+class CopyToken:
+    """A thread's stay in the read section; it ends with this object at the latest."""
+
 class _Packed(Protocol):
     @property
     def packed(self) -> bytes: ...
@@ -557,10 +560,12 @@ class CopyCore:
         """Return (start, end, fo, bits) of what the frame table holds."""
     def drain(self) -> None:
         """Wait for copies in flight."""
-    def enter_copy(self) -> int:
+    def enter_copy(self) -> CopyToken:
         """Enter the read section for a Reader or Writer; the token goes to `leave_copy`."""
-    def leave_copy(self, token: int, /) -> None: ...
-    def apply_policy(self, release_bytes: int, uses_mirror: bool, promote_after: int, /) -> None: ...
+    def leave_copy(self, token: CopyToken, /) -> None: ...
+    def apply_policy(
+        self, release_bytes: int, uses_mirror: bool, promote_after: int, /
+    ) -> None: ...
 
 _Core = TypeVar("_Core", bound=type[CopyCore])
 

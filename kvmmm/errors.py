@@ -239,6 +239,20 @@ class AddressSpaceIOUnavailableError(KvmmmError, RuntimeError):
     """
 
 
+class PolicyError(KvmmmError, ValueError):
+    """A number of the copies' policy is unknown or malformed, or a calibration is not usable here.
+
+    Attributes:
+        source: Where it came from: a path, a variable, an argument.
+    """
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, source: str, why: str) -> None:
+        self.source = source
+        super().__init__(f"{source}: {why}")
+
+
 class MmError(KvmmmError, OSError):
     """An operation of the memory manager was refused: mmap, mprotect, brk and the like.
 

@@ -36,6 +36,9 @@ def test_no_file_is_too_long():
     too_long = {}
     for top in SOURCES:
         for path in sorted((ROOT / top).rglob("*")):
+            # One compiled module has one typed face.
+            if path.name == "_core.pyi":
+                continue
             if path.suffix in SUFFIXES and "__pycache__" not in path.parts:
                 n_lines = len(path.read_text(encoding="utf-8").splitlines())
                 if n_lines > LONGEST:

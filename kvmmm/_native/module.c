@@ -22,7 +22,7 @@ __attribute__((visibility("default"))) PyMODINIT_FUNC PyInit__core(void)
     if (py_mapping_register(module) || py_registers_register(module) || py_exit_register(module) ||
         py_vcpu_register(module) || py_gate_register(module) || py_segment_register(module) ||
         py_mapper_register(module) || py_safecopy_register(module) || py_copy_register(module) ||
-        py_options_register(module) || py_lock_register(module) || py_walk_register(module) ||
+        py_options_register(module) || py_lock_register(module) || py_token_register(module) || py_walk_register(module) ||
         py_mirror_register(module) || py_pinned_register(module)) {
         Py_DECREF(module);
         return NULL;

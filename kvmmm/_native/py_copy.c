@@ -1,7 +1,6 @@
 /* py_copy.c: CopyCore, what a MemoryManager is made of where copies are concerned. */
 #include "py_copy.h"
 
-#include <pythread.h>
 #include <structmember.h>
 
 PyTypeObject *py_copy_type;
@@ -151,37 +150,6 @@ static PyObject *core_frames(PyObject *op, PyObject *args)
     return runs;
 }
 
-/* ---- the read section ------------------------------------------------------------------------------ */
-
-static PyObject *core_enter(PyObject *op, PyObject *ignored)
-{
-    struct py_copy_core *self = (struct py_copy_core *)op;
-    if (!self->inside || self->inside->n == PY_INSIDE_MAX) {
-        PyErr_Format(PyExc_RuntimeError, "%d Readers and Writers at once are too many", PY_INSIDE_MAX);
-        return NULL;
-    }
-    self->inside->threads[self->inside->n++] = PyThread_get_thread_ident();
-    return PyLong_FromLong(kvmmm_section_enter(&self->section));
-}
-
-static PyObject *core_leave(PyObject *op, PyObject *token)
-{
-    struct py_copy_core *self = (struct py_copy_core *)op;
-    long phase = PyLong_AsLong(token);
-    if (PyErr_Occurred())
-        return NULL;
-    unsigned long thread = PyThread_get_thread_ident();
-    struct py_inside *inside = self->inside;
-    for (unsigned i = inside ? inside->n : 0; i-- > 0;)
-        if (inside->threads[i] == thread && (phase == 0 || phase == 1) && self->section.n_inside[phase]) {
-            inside->threads[i] = inside->threads[--inside->n];
-            kvmmm_section_leave(&self->section, (unsigned)phase);
-            Py_RETURN_NONE;
-        }
-    PyErr_SetString(PyExc_RuntimeError, "this thread is not inside");
-    return NULL;
-}
-
 /* ---- what it is given ------------------------------------------------------------------------------ */
 
 static int set_walk(PyObject *op, PyObject *value, void *closure)
@@ -262,8 +230,8 @@ static PyMethodDef core_methods[] = {
     {"forget", FAST(core_forget), METH_FASTCALL, "forget(start, end): copies use none of these frames any more."},
     {"frames", core_frames, METH_VARARGS, "frames(start, end): what the frame table holds."},
     {"drain", core_drain, METH_NOARGS, "Wait for copies in flight."},
-    {"enter_copy", core_enter, METH_NOARGS, "Enter the read section for a Reader or Writer."},
-    {"leave_copy", core_leave, METH_O, "Leave it."},
+    {"enter_copy", py_copy_enter, METH_NOARGS, "Enter the read section for a Reader or Writer."},
+    {"leave_copy", py_copy_leave, METH_O, "Leave it."},
     {"apply_policy", core_apply_policy, METH_VARARGS, "apply_policy(release_bytes, uses_mirror, promote_after)."},
     {NULL, NULL, 0, NULL},
 };

@@ -23,6 +23,7 @@ int py_safecopy_register(PyObject *module);
 int py_copy_register(PyObject *module);
 int py_options_register(PyObject *module);
 int py_lock_register(PyObject *module);
+int py_token_register(PyObject *module);
 
 /* ---- threads inside a Reader or Writer ------------------------------------------------------------- */
 
@@ -45,6 +46,7 @@ enum {
     PY_COPY_IGNORE_PERMISSIONS = 1,
     PY_COPY_INACTIVE = 2, /* the address space is not active: not through it */
     PY_COPY_ATOMIC = 4,   /* what is to be done is a word operation's */
+    PY_COPY_MAY_BLOCK = 8, /* the host's buffer may fault, or wait for another thread */
     PY_COPY_MECHANISM_SHIFT = 4,
     PY_COPY_AUTO = 0 << PY_COPY_MECHANISM_SHIFT,
     PY_COPY_INTERNAL = 1 << PY_COPY_MECHANISM_SHIFT,
@@ -156,6 +158,8 @@ PY_COPY_METHOD(compare_and_swap_uint32);
 PY_COPY_METHOD(load_uint32);
 int py_copy_names(void);
 int py_copy_vec_names(void);
+PyObject *py_copy_enter(PyObject *self, PyObject *ignored);
+PyObject *py_copy_leave(PyObject *self, PyObject *token);
 /* What Python does in its slow path. */
 PyObject *py_copy_move(PyObject *self, PyObject *args);
 PyObject *py_copy_move_fresh(PyObject *self, PyObject *const *args, Py_ssize_t n);

@@ -69,6 +69,14 @@ static int export(PyObject *object, struct py_copy_buffer *b, int flags)
 
 int py_copy_source(PyObject *object, struct py_copy_buffer *b)
 {
+    if (PyBytes_CheckExact(object)) {
+        /* Immutable, and the caller holds it: nothing is to be released. */
+        b->view.obj = NULL;
+        b->view.buf = PyBytes_AsString(object);
+        b->view.len = PyBytes_Size(object);
+        b->may_block = false;
+        return 0;
+    }
     if (PyUnicode_Check(object)) {
         Py_ssize_t n_bytes;
         const char *utf8 = PyUnicode_AsUTF8AndSize(object, &n_bytes); /* kept by the object */
@@ -85,7 +93,11 @@ int py_copy_target(PyObject *object, struct py_copy_buffer *b)
     return export(object, b, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE);
 }
 
-void py_copy_release(struct py_copy_buffer *b) { PyBuffer_Release(&b->view); }
+void py_copy_release(struct py_copy_buffer *b)
+{
+    if (b->view.obj)
+        PyBuffer_Release(&b->view);
+}
 
 /* ---- asking Python ---------------------------------------------------------------------------------- */
 
@@ -114,7 +126,7 @@ int64_t py_copy_serve(struct py_copy *c, unsigned *n_tries)
     PyObject *args[] = {
         PyLong_FromUnsignedLongLong(c->addr),  PyLong_FromUnsignedLongLong(c->done),
         PyLong_FromUnsignedLongLong(c->n_bytes), PyLong_FromLong(c->access),
-        PyLong_FromLong(c->flags),             PyLong_FromVoidPtr((void *)there),
+        PyLong_FromLong(c->flags | (c->may_block ? PY_COPY_MAY_BLOCK : 0)), PyLong_FromVoidPtr((void *)there),
         PyLong_FromUnsignedLongLong(c->before),
     };
     bool is_whole = true;

@@ -44,6 +44,10 @@ static PyObject *packed_of(PyObject *sequence)
 static PyObject *ranges_of(PyObject *sequence, const struct range **ranges, Py_ssize_t *n_ranges)
 {
     PyObject *packed = packed_of(sequence);
+    if (!packed && PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        PyErr_Clear();
+        return PyErr_Format(PyExc_TypeError, "the ranges are an AddrRangeSeq, not %R", sequence);
+    }
     if (!packed)
         return NULL;
     if (!PyBytes_CheckExact(packed) || PyBytes_Size(packed) % (Py_ssize_t)sizeof(struct range)) {

@@ -181,10 +181,13 @@ static void on_fault(int signo, siginfo_t *info, void *argument)
     errno = err;
 }
 
+/* Of a mask the kernel knows the first 64 signals; what libc returns behind them may be anything. */
+enum { KERNEL_MASK_BYTES = 8 };
+
 static bool is_same(const struct sigaction *a, const struct sigaction *b)
 {
     return a->sa_sigaction == b->sa_sigaction && a->sa_flags == b->sa_flags &&
-           !memcmp(&a->sa_mask, &b->sa_mask, sizeof(a->sa_mask));
+           !memcmp(&a->sa_mask, &b->sa_mask, KERNEL_MASK_BYTES);
 }
 
 /* Have it asked first when something is not ours. With the lock. */

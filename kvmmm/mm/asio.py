@@ -76,7 +76,13 @@ def _map_locked(mm: MemoryManager, start: int, end: int) -> None:
     if found is None or found[2].file is not mm.arena:
         # A walk leads to frames of the arena only: others may be cut short.
         raise AddressSpaceIOUnavailableError
-    backing.map_pmas_locked(mm, start, end)
+    # As a fault would: the aligned units around, or whole pmas, as far as these reach.
+    last = mm.pmas.find(end - 1)
+    low, high = found[0], end if last is None else last[1]
+    if unit_bytes := mm.address_space.map_unit_bytes:
+        low = max(low, start & -unit_bytes)
+        high = min(high, end + unit_bytes - 1 & -unit_bytes)
+    backing.map_pmas_locked(mm, low, high)
 
 
 def _mirror_locked(mm: MemoryManager, start: int, end: int) -> None:

@@ -72,6 +72,7 @@ def check_invariants(mm: MemoryManager, relatives: Sequence[MemoryManager] = ())
             for start, end, pma in one.pmas:
                 _check_pma_locked(one, start, end, pma)
             _check_space_locked(one)
+            _check_frames_locked(one)
             _check_figures_locked(one)
         _check_references_locked((mm, *relatives))
 
@@ -120,6 +121,22 @@ def _check_space_locked(mm: MemoryManager) -> None:
     for start, end in mm.pmas.gaps(0, mm.max_addr):
         for page in {start, end - PAGE_BYTES}:
             _require(not space.is_mapped(page, READ), f"{page:#x} is mapped, and has no pma")
+
+
+def _check_frames_locked(mm: MemoryManager) -> None:
+    # What copies may do without asking: never more than the pma says, and with its frames.
+    for run_start, run_end, fo, bits in mm.frames(0, mm.max_addr & ~PAGE_MASK):
+        at = run_start
+        for start, end, pma in mm.pmas.segments(run_start, run_end):
+            where = f"the frame table at {max(start, run_start):#x}"
+            _require(start <= at, f"the frame table has a frame at {at:#x}, where no pma is")
+            _require(
+                pma.file is mm.arena and pma.delta == fo - run_start, f"{where} has another frame"
+            )
+            allowed = (pma.effective_perms & 3) | (pma.max_perms & 3) << 2
+            _require(not bits & ~allowed, f"{where} permits {bits:#x}, the pma {allowed:#x}")
+            at = end
+        _require(run_end <= at, f"the frame table has a frame at {at:#x}, where no pma is")
 
 
 def _check_figures_locked(mm: MemoryManager) -> None:

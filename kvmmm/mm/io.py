@@ -15,6 +15,7 @@ anything that it says ceases to be true (`kvmmm.mm.pma.Removal`).
 Source: gVisor pkg/sentry/mm/io.go.
 """
 
+# ruff: noqa: FURB136, PLR1730 - a call of min() costs more than an if, on the way of a first touch
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -142,16 +143,17 @@ def serve_copy(
         except GuestFaultError as error:
             raise _after(error, before + done) from None
         return 0
+    if not flags and mm.pmas.find(at) is None:
+        # Without a lock, so a hint only.
+        moved = _move_fresh(mm, at, addr + n_bytes, access, host)
+        if moved is not None:
+            return moved
     with mm.active_lock:
         found = mm.pmas.find(at)
         if found is not None:
             pma = found[2]
             if not access & ~(pma.max_perms if ignores else pma.effective_perms):
                 return _reach_locked(mm, found, addr, done, n_bytes, access, flags, host, before)
-    if found is None and not flags:
-        moved = _move_fresh(mm, at, addr + n_bytes, access, host)
-        if moved is not None:
-            return moved
     make_usable(
         mm, AddrRange(addr, addr + n_bytes), done, access, ignore_permissions=ignores, before=before
     )
@@ -159,8 +161,9 @@ def serve_copy(
 
 
 def _move_fresh(mm: MemoryManager, at: int, end: int, access: int, host: int) -> int | None:
-    # The first touch of anonymous memory, the usual miss, without asking for more reasons than one:
-    # bytes moved, or None where it is another case, or there is no memory.
+    # The first touch of anonymous memory, the usual miss, without asking for more reasons than one,
+    # and without a call that can be done without: bytes moved, or None where it is another case, or
+    # there is no memory.
     with mm.mapping_lock, mm.active_lock:
         segment = mm.vmas.find(at)
         if segment is None or segment[2].mappable is not None:
@@ -169,16 +172,30 @@ def _move_fresh(mm: MemoryManager, at: int, end: int, access: int, host: int) ->
         if gap is None or access & ~segment[2].effective_perms:
             return None
         page = at & -PAGE_BYTES
+        end_page = end + PAGE_BYTES - 1 & -PAGE_BYTES
         try:
-            found = allocate_locked(mm, page, page_up(end), segment, exact=False)
+            found = allocate_locked(mm, page, end_page, segment, exact=False)
         except ArenaExhaustedError:
             return None
-        _, stop, pma = found
-        note_unmapped_locked(mm, page, min(page_up(end), stop, segment[1]))
-        _fill_locked(mm, found, at, end)
+        start, stop, pma = found
+        if stop < end_page:
+            end_page = stop
+        if segment[1] < end_page:
+            end_page = segment[1]
+        if len(mm.unmapped) < _UNMAPPED_MAX or mm.address_space.walks_frames:
+            note_unmapped_locked(mm, page, end_page)
+        if stop - start > _FILL_BYTES:
+            _fill_locked(mm, found, at, end)
+        else:
+            bits = _FRAME_BITS[pma.effective_perms][pma.max_perms]
+            mm.fill_frames(start, stop, start + pma.delta, bits)
         # What it was merged with is not fresh.
-        end = min(end, stop, gap[1], segment[1])
-        return mm._move_fresh(mm.arena.fd, at + pma.delta, host, end - at, access)  # noqa: SLF001
+        if gap[1] < end_page:
+            end_page = gap[1]
+        n_bytes = (end if end < end_page else end_page) - at
+        if access & WRITE and n_bytes < PAGE_BYTES:
+            return 0  # one fault is as quick
+        return mm._move_fresh(mm.arena.fd, at + pma.delta, host, n_bytes, access)  # noqa: SLF001
 
 
 def _reach_locked(

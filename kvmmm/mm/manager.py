@@ -239,6 +239,7 @@ class MemoryManager(CopyCore):
         Preconditions:
             - No CPU uses the address space any more.
         """
+        pin.release_waiting()
         with self.mapping_lock:
             dropped = unmap.unmap_locked(self, 0, self.max_addr)
             mirror, self.mirror = self.mirror, None

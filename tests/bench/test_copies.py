@@ -95,7 +95,7 @@ def test_the_mirror_by_hand_maps_copies_and_leaves_nothing(memory: GuestMemory) 
     assert FLOOR.kvmmm_floor_mirror(-1, offsets, 1, host, PAGE_BYTES, False) == -errno.EBADF
 
 
-def test_cold_sides_touch_as_many_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cold_sides_touch_no_more_pages_than_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     n_blocks: list[int] = []
     dec_ref = Arena.dec_ref
 
@@ -110,7 +110,10 @@ def test_cold_sides_touch_as_many_pages(monkeypatch: pytest.MonkeyPatch) -> None
             for is_out in (False, True):
                 n_blocks.clear()
                 assert measure_ns(n_bytes, is_out=is_out) > 0
-                assert max(n_blocks) * 512 == copies_cold.COPIES * n_pages * PAGE_BYTES
+                # What is read is zeros, and stays a hole: the floor fills it.
+                is_spared = measure_ns == cold._copy_ns and not is_out
+                n_filled = 0 if is_spared else copies_cold.COPIES * n_pages
+                assert max(n_blocks) * 512 == n_filled * PAGE_BYTES
                 assert not os.fstat(cold.arena.fd).st_blocks
     cold.close()
 

@@ -1,4 +1,4 @@
-"""A memory manager for hostile copies: all three mechanisms, no KVM, and what must hold afterwards."""
+"""A memory manager for hostile copies: all mechanisms, no KVM, and what must hold afterwards."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def within(seconds: float, call: Callable[[], object]) -> None:
 
 
 class CutFile:
-    """A mapping of a file of `n_pages` pages, of which `n_left` are left: touching others is SIGBUS.
+    """A mapping of a file of `n_pages` pages; `n_left` are left: touching others is SIGBUS.
 
     A context manager.
     """

@@ -8,6 +8,7 @@ from kvmmm.hostarch.access import EXECUTE, READ, READ_WRITE, WRITE
 from tests.model.backends import CODE
 from tests.model.domains import Between, Either, OneOf
 from tests.model.memory import PAGE
+from tests.model.model import Fault
 from tests.model.rule import AT, FEW, FLAG, LENGTH, OFFSET, PATTERN, SEED, WHO, rule
 from tests.model.world import Pinned
 
@@ -83,11 +84,19 @@ def cpu_fetches(w: World, who: int, at: int, offset: int) -> None:
 # ---- what the host does ----
 
 
+def _host_fault(m: Member, addr: int, n_bytes: int, access: int, *, ignore: bool) -> Fault | None:
+    """Where a copy of the host's must stop: one that ends beyond all addresses does not begin."""
+    max_addr = m.mm.max_addr
+    if max_addr < addr + n_bytes:
+        return Fault(max(addr, max_addr), 0, mapped=False)
+    return m.model.reach(addr, n_bytes, access, ignore=ignore)
+
+
 @rule(4, who=WHO, at=AT, offset=OFFSET, length=Either(OneOf(0), LENGTH), ignore=FLAG)
 def host_reads(w: World, who: int, at: int, offset: int, length: int, ignore: bool) -> None:
     m = w.member(who)
     addr = w.page(m, at) * PAGE + offset
-    fault = m.model.reach(addr, length, READ, ignore=ignore)
+    fault = _host_fault(m, addr, length, READ, ignore=ignore)
     dst = bytearray(b"\xee" * length)
     n_bytes, error = w.attempt(lambda: m.mm.copy_in(addr, dst, ignore_permissions=ignore))
     w.same_fault(error, fault, exact=True)
@@ -123,7 +132,7 @@ def host_zeroes(w: World, who: int, at: int, offset: int, length: int, ignore: b
 def _host_writes(
     w: World, m: Member, addr: int, data: bytes, act: Callable[[], int], ignore: bool
 ) -> None:
-    fault = m.model.reach(addr, len(data), WRITE, ignore=ignore)
+    fault = _host_fault(m, addr, len(data), WRITE, ignore=ignore)
     n_bytes, error = w.attempt(act)
     w.same_fault(error, fault, exact=True)
     assert fault is not None or n_bytes == len(data)
