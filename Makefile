@@ -15,7 +15,7 @@ NPT_TIMEOUT ?= 3600
 
 NATIVE := $(wildcard kvmmm/_native/*) $(shell find guest -type f 2>/dev/null)
 
-.PHONY: run test test-long test-npt lint format bench guests doctor wheel clean help
+.PHONY: run test test-long test-npt fuzz lint format bench guests doctor wheel clean help
 
 run: $(VENV)/built  ## boot the demo guest: its console, then its demand paging
 	@$(BIN)/kvmmm run touch --stats $(ARGS)
@@ -24,6 +24,7 @@ test: $(VENV)/tests  ## run the tests (KVMMM_TEST_KVM=auto|require|never, TESTS=
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
 test-long: $(VENV)/tests  ## a million random steps against the model; goes on where it was stopped
+	KVMMM_TEST_LONG=1 $(BIN)/python -m pytest tests/bench/crossover/test_statistics.py -q
 	$(BIN)/python -m tests.model.long --steps 1000000 --minutes 60 --state build/test-long.json $(ARGS)
 
 test-npt: $(VENV)/tests  ## run the KVM tests on mainline KVM with nested paging, inside QEMU TCG
@@ -33,6 +34,9 @@ test-npt: $(VENV)/tests  ## run the KVM tests on mainline KVM with nested paging
 	else \
 	    printf 'test-npt: SKIPPED\n%s\n' "$$why"; \
 	fi
+
+fuzz: $(VENV)/built  ## hostile calls of copies in C, for an hour (ARGS="--minutes 5 --seed 1")
+	$(BIN)/python -m tools.fuzz $(ARGS)
 
 lint: $(VENV)/lint  ## ruff, mypy --strict, the import contracts, spelling
 	$(BIN)/ruff check .
@@ -45,7 +49,7 @@ format: $(VENV)/lint  ## have ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/built  ## measure: ARGS="--quick", BENCH=startup|exits|paging|all
+bench: $(VENV)/bench  ## measure: ARGS="--quick", BENCH=startup|exits|paging|mm|copies|all
 	$(BIN)/kvmmm bench $(or $(BENCH),all) $(ARGS)
 
 guests: $(VENV)/built  ## build and list the bundled guests
@@ -84,6 +88,10 @@ $(VENV)/built: $(VENV)/tools pyproject.toml $(NATIVE)
 
 $(VENV)/tests: $(VENV)/built
 	@$(PIP) install --group test
+	@touch $@
+
+$(VENV)/bench: $(VENV)/built
+	@$(PIP) install --group bench || echo 'kvmmm: no unicorn to compare with: one case is skipped'
 	@touch $@
 
 $(VENV)/lint: $(VENV)/tests

@@ -431,7 +431,8 @@ class GuardedLock:
     """
 
     def __init__(self, core: CopyCore, /) -> None: ...
-    def acquire(self, blocking: bool = True, /) -> bool: ...
+    def acquire(self, blocking: bool = True, /) -> bool:
+        """Take it; return whether it was taken. Without waiting nothing is raised."""
     def release(self) -> None: ...
     def locked(self) -> bool: ...
     def __enter__(self) -> bool: ...
@@ -548,12 +549,12 @@ class CopyCore:
     ) -> int:
         """Return a word, atomically; errors as for `swap_uint32`."""
     def _move(self, hva: int, host: int, n_bytes: int, access: int, /) -> tuple[int, bool]:
-        """Move bytes of a foreign file: how many, and whether it was the host's side that failed."""
+        """Move bytes of a foreign file: how many, and whether the host's side failed."""
     def _move_fresh(self, fd: int, fo: int, host: int, n_bytes: int, access: int, /) -> int:
         """Move bytes of frames that nobody has touched yet: how many."""
     def _atomic(self, hva: int, word: int, /) -> bool: ...
     def fill_frames(self, start: int, end: int, fo: int, bits: int, /) -> None:
-        """Have copies find [start, end) at `fo` of the arena; R, W, max R, max W are bits 0 to 3."""
+        """Have copies find [start, end) at `fo` of the arena; bits: R, W, max R, max W."""
     def forget(self, start: int, end: int, /) -> None:
         """Have no copy use what was at [start, end), those in flight included."""
     def frames(self, start: int, end: int, /) -> list[tuple[int, int, int, int]]:

@@ -10,17 +10,23 @@ import pytest
 
 from kvmmm import errors
 from kvmmm.errors import (
+    AddressSpaceIOUnavailableError,
     ArenaExhaustedError,
+    GuestAlignmentError,
     GuestBusError,
     GuestConsoleError,
     GuestFaultError,
+    HostBufferError,
     ImageError,
     IoctlError,
     KvmmmError,
     KvmUnavailableError,
     MmError,
+    NoProgressError,
+    PolicyError,
     RangeError,
     StateError,
+    StringTooLongError,
     SyscallError,
     VcpuError,
 )
@@ -85,6 +91,42 @@ CASES = [
         OSError,
         errors.EXIT_FAULT,
         ["0x7000", "its file ends before it", "12 bytes done"],
+    ),
+    (
+        GuestAlignmentError(0x7002, WRITE),
+        OSError,
+        errors.EXIT_FAULT,
+        ["0x7002", "atomically", "not a multiple of 4"],
+    ),
+    (
+        NoProgressError(0x7123, READ, 100, done=12),
+        OSError,
+        errors.EXIT_FAULT,
+        ["0x7123", "served 100 times", "12 bytes done"],
+    ),
+    (
+        HostBufferError(4096, 4000),
+        OSError,
+        errors.EXIT_OS,
+        ["buffer", "at byte 4096", "cut short", "4000 bytes done"],
+    ),
+    (
+        StringTooLongError(0x7000, b"abc"),
+        OSError,
+        errors.EXIT_FAULT,
+        ["0x7000", "no end within 3 bytes"],
+    ),
+    (
+        AddressSpaceIOUnavailableError("no VMAs are left"),
+        RuntimeError,
+        errors.EXIT_INTERNAL,
+        ["no VMAs are left"],
+    ),
+    (
+        PolicyError("KVMMM_POLICY", "there is no 'speed'"),
+        ValueError,
+        errors.EXIT_USAGE,
+        ["KVMMM_POLICY: there is no 'speed'"],
     ),
     (
         MmError(errno.EEXIST, "mmap", 0x20_0000, "something is mapped there"),
@@ -181,6 +223,50 @@ def test_guest_fault(access: int, verb: str):
     assert verb in str(e)
     assert "its mapping forbids it" in str(e)
     assert "bytes done" not in str(e)
+
+
+@pytest.mark.parametrize(
+    ("error", "done", "mapped"),
+    [
+        (GuestFaultError(0x5000, WRITE, mapped=False, done=7), 7, False),
+        (GuestBusError(0x5000, WRITE, done=7), 7, True),
+        (GuestAlignmentError(0x5000, WRITE), 0, True),
+        (NoProgressError(0x5000, WRITE, 3, done=7), 7, True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_kinds_of_guest_faults(error: GuestFaultError, done: int, mapped: bool):
+    """Whoever catches a fault has the same facts, whichever it is."""
+    assert isinstance(error, GuestFaultError)
+    assert (error.addr, error.access, error.done, error.mapped) == (0x5000, WRITE, done, mapped)
+    assert (error.errno, error.prefix) == (errno.EFAULT, b"")
+
+
+def test_no_progress():
+    assert NoProgressError(0, READ, 3).n_tries == 3
+    assert "(0 bytes done)" in str(NoProgressError(0, READ, 3))
+
+
+def test_alignment():
+    assert "a multiple of 8" in str(GuestAlignmentError(1, READ, 8))
+
+
+def test_host_buffer():
+    """It is nobody's guest memory that failed."""
+    e = HostBufferError(4096, 4000)
+    assert (e.offset, e.done, e.errno) == (4096, 4000, errno.EFAULT)
+    assert not isinstance(e, GuestFaultError)
+
+
+def test_string_too_long():
+    e = StringTooLongError(0x1234, b"prefix")
+    assert (e.addr, e.prefix, e.errno) == (0x1234, b"prefix", errno.ENAMETOOLONG)
+    assert not isinstance(e, GuestFaultError)
+
+
+def test_policy():
+    e = PolicyError("a file", "it is old")
+    assert (e.source, str(e)) == ("a file", "a file: it is old")
 
 
 def test_arena_exhausted():

@@ -39,9 +39,35 @@ def test_the_example_runs_and_prints_what_it_says():
     assert any("[image]" in line for line in lines)
 
 
+COPIES_PRELUDE = """
+import io, socket as sockets, struct, kvmmm
+vm = kvmmm.MicroVM(memory="64M")
+addr, buffer, old, new = 0x500000, bytearray(16), 1, 2
+vm.load(bytes.fromhex("f4"), base=0x200000)
+vm.mm.copy_out(addr, b"string" + bytes(100))
+ranges = kvmmm.AddrRange(addr + 64, addr + 72)
+socket, peer = sockets.socketpair()
+file = io.BytesIO(b"12345678")
+"""
+
+COPIES_CODA = """
+assert mm.read(addr + 64, 8) == peer.recv(100) == b"12345678"
+assert mm.read_string(addr) == b"...ing"
+socket.close(), peer.close()
+vm.close()
+print("done")
+"""
+
+
+@pytest.mark.kvm
+def test_the_example_of_copies_runs():
+    _kernel, copies, _program = examples()
+    assert run_example(COPIES_PRELUDE + copies + COPIES_CODA) == ["done"]
+
+
 @pytest.mark.kvm
 def test_the_example_of_a_program_runs():
-    kernel, program = examples()
+    kernel, _copies, program = examples()
     assert kernel.startswith("import kvmmm\n")
     path = str(bundled.directory() / "user_hello.elf")
     code = "import kvmmm\n" + program.replace('"program"', repr(path), 1)

@@ -179,5 +179,30 @@ struct kvmmm_floor_faults {
 };
 int64_t kvmmm_floor_serve_faults(const struct kvmmm_floor_faults *f, int64_t timeout_ns, uint64_t *n_faults);
 int64_t kvmmm_floor_find(const uint64_t *starts, size_t n, const uint64_t *addrs, size_t n_addrs, uint64_t *sum_ret);
+#define KVMMM_FLOOR_BACK_KVM ...
+#define KVMMM_FLOOR_BACK_FRAME ...
+#define KVMMM_FLOOR_BACK_SYSCALL ...
+struct kvmmm_floor_kind {
+    int vcpu_fd; struct kvm_run *run; uint32_t reason; uint16_t port, start_port, end_port; uint32_t back, skip_bytes;
+    uint8_t tss_type; uintptr_t stack_top_hva;
+    ...;
+};
+int64_t kvmmm_floor_exit_kind(const struct kvmmm_floor_kind *f, int64_t timeout_ns, uint64_t *n_exits);
+int64_t kvmmm_floor_kick(int vcpu_fd, struct kvm_run *run, int64_t after_ns);
 int64_t kvmmm_floor_copy(const uint64_t *hvas, size_t n, uintptr_t buffer, size_t n_bytes, _Bool is_out);
 int64_t kvmmm_floor_mirror(int fd, const uint64_t *offsets, size_t n, uintptr_t buffer, size_t n_bytes, _Bool is_out);
+#define KVMMM_CROSS_COUNT ...
+#define KVMMM_CROSS_DROP ...
+#define KVMMM_CROSS_POPULATE ...
+struct kvmmm_cross {
+    uintptr_t core; uint32_t operation, mechanism; uint64_t n_bytes, n; uint64_t *addrs, *hosts;
+    uint64_t start, segment_bytes, n_segments; const uint64_t *offsets; int fd, pid; uintptr_t scratch, blocks;
+    uint64_t n_blocks; _Bool plants; int64_t plant_ns; uint64_t n_faults, n_maps;
+    ...;
+};
+struct kvmmm_cross_where { uint64_t own_seed, shared_seed, span_bytes, hot_bytes; uintptr_t buffer; ...; };
+int64_t kvmmm_cross_run(struct kvmmm_cross *x);
+void kvmmm_cross_places(struct kvmmm_cross *x, const struct kvmmm_cross_where *w);
+int64_t kvmmm_cross_present(int pagemap_fd, uintptr_t hva, uint64_t n_bytes);
+int64_t kvmmm_cross_linear(uintptr_t core, unsigned action, int pagemap_fd, uint64_t addr, uint64_t n_bytes);
+int64_t kvmmm_cross_canary(uint64_t n_adds);

@@ -122,6 +122,36 @@ int64_t kvmmm_floor_serve_faults(const struct kvmmm_floor_faults *f, int64_t tim
  * ns, and the sum of what was found so that nothing is optimised away. */
 int64_t kvmmm_floor_find(const uint64_t *starts, size_t n, const uint64_t *addrs, size_t n_addrs, uint64_t *sum_ret);
 
+/* ---- floor_kind.c: exits of one kind ----------------------------------------------------------- */
+
+enum kvmmm_floor_back {
+    KVMMM_FLOOR_BACK_KVM,     /* KVM goes on by itself; registers are not synchronised */
+    KVMMM_FLOOR_BACK_FRAME,   /* to the frame of a #PF, past the instruction */
+    KVMMM_FLOOR_BACK_SYSCALL, /* to where SYSCALL came from */
+};
+
+struct kvmmm_floor_kind {
+    int vcpu_fd;
+    struct kvm_run *run;
+    uint32_t reason;               /* KVM_EXIT_... of those that count */
+    uint16_t port;                 /* theirs, for KVM_EXIT_IO */
+    uint16_t start_port, end_port; /* the guest's marks */
+    uint32_t back;                 /* enum kvmmm_floor_back */
+    uint32_t skip_bytes;           /* BACK_FRAME: length of the instruction that faults */
+    uint8_t tss_type;
+    uintptr_t stack_top_hva;
+};
+
+/* Run from one mark to the other, answering what comes; returns ns, the second mark's exit with it. */
+int64_t kvmmm_floor_exit_kind(const struct kvmmm_floor_kind *f, int64_t timeout_ns, uint64_t *n_exits);
+
+/* Run a guest that makes no exit, with a timer that kicks it after @p after_ns; returns how many ns after that
+ * all is over. */
+int64_t kvmmm_floor_kick(int vcpu_fd, struct kvm_run *run, int64_t after_ns);
+
+/* What iretq would do with the frame of a #PF that the CPU pushed under a stack's top, and @p skip_bytes on. */
+void kvmmm_floor_return_to_frame(struct kvm_run *run, uintptr_t stack_top_hva, uint8_t tss_type, uint64_t skip_bytes);
+
 /* ---- floor_copy.c: copies by hand ------------------------------------------------------------- */
 
 /* Copy @p n_bytes between each of @p n addresses and one buffer, by the C library's memcpy: from the buffer
@@ -131,5 +161,62 @@ int64_t kvmmm_floor_copy(const uint64_t *hvas, size_t n, uintptr_t buffer, size_
 /* The same with @p n places of a file, each mapped first, at an address of its own and with its page-table
  * entries, as one would who knows that all of it will be used; returns ns. */
 int64_t kvmmm_floor_mirror(int fd, const uint64_t *offsets, size_t n, uintptr_t buffer, size_t n_bytes, bool is_out);
+
+/* ---- floor_cross.c: one mechanism or another, for the crossover ---------------------------------- */
+
+enum kvmmm_cross_operation {
+    KVMMM_CROSS_IN,
+    KVMMM_CROSS_OUT,
+    KVMMM_CROSS_ZERO,
+    KVMMM_CROSS_OUT_FROM, /* a Reader whose bytes are in memory */
+    KVMMM_CROSS_IN_TO,
+    KVMMM_CROSS_SWAP,
+    KVMMM_CROSS_CAS,
+};
+
+enum kvmmm_cross_mechanism {
+    KVMMM_CROSS_INTERNAL,
+    KVMMM_CROSS_WALK,
+    KVMMM_CROSS_MIRROR,
+    KVMMM_CROSS_PROCESS_VM,
+    KVMMM_CROSS_FILE,
+};
+
+enum kvmmm_cross_action { KVMMM_CROSS_COUNT, KVMMM_CROSS_DROP, KVMMM_CROSS_POPULATE };
+
+struct kvmmm_cross {
+    uintptr_t core; /* a CopyCore, which nobody else uses meanwhile */
+    uint32_t operation, mechanism;
+    uint64_t n_bytes, n;     /* of one operation; how many */
+    uint64_t *addrs, *hosts; /* of each: guest address, host address of its buffer */
+    /* Guest memory from start on: segments, each in one piece of the arena. */
+    uint64_t start, segment_bytes, n_segments;
+    const uint64_t *offsets; /* where in the arena each begins */
+    int fd, pid;             /* the arena's; this process */
+    uintptr_t scratch;       /* n_bytes, for what goes by way of a buffer */
+    uintptr_t blocks;        /* room for n_blocks of 16 bytes */
+    uint64_t n_blocks;
+    bool plants;             /* look at the clock after each operation, and wait plant_ns */
+    int64_t plant_ns;
+    uint64_t n_faults, n_maps; /* answers: page faults of the thread, runs mapped in the mirror */
+};
+
+/* Do the operations; returns ns, or -errno: EFAULT where a mechanism finds nothing. */
+int64_t kvmmm_cross_run(struct kvmmm_cross *x);
+
+/* Where: pages at random in the whole span, or with @p hot_bytes among so many somewhere in it; offsets in
+ * the page and in the buffer at random, and the same for the same shared seed. */
+struct kvmmm_cross_where {
+    uint64_t own_seed, shared_seed, span_bytes, hot_bytes;
+    uintptr_t buffer; /* a page longer than an operation */
+};
+void kvmmm_cross_places(struct kvmmm_cross *x, const struct kvmmm_cross_where *w);
+
+/* Pages of the range with a page-table entry, by /proc/self/pagemap; or -errno. */
+int64_t kvmmm_cross_present(int pagemap_fd, uintptr_t hva, uint64_t n_bytes);
+/* Count, drop or make entries of the arena's linear mapping for a range of guest addresses; or -errno. */
+int64_t kvmmm_cross_linear(uintptr_t core, unsigned action, int pagemap_fd, uint64_t addr, uint64_t n_bytes);
+/* The ns that additions take of which each needs the one before: one a cycle. */
+int64_t kvmmm_cross_canary(uint64_t n_adds);
 
 #endif /* KVMMM_FLOOR_H */

@@ -9,27 +9,6 @@
 
 enum { ENTRIES = 512, PAGE = 4096 };
 
-/* What iretq would do with the frame that the CPU pushed under the stack's top. */
-static void return_to_frame(const struct kvmmm_floor_faults *f)
-{
-    /* error code, rip, cs, rflags, rsp, ss */
-    const uint64_t *frame = (const uint64_t *)(f->stack_top_hva - 48);
-    struct kvm_sregs *s = &f->run->s.regs.sregs;
-    struct kvm_segment code = {
-        .limit = UINT32_MAX, .selector = (uint16_t)frame[2], .type = 11, .present = 1, .dpl = 3, .s = 1, .l = 1, .g = 1,
-    };
-    struct kvm_segment data = {
-        .limit = UINT32_MAX, .selector = (uint16_t)frame[5], .type = 3, .present = 1, .dpl = 3, .db = 1, .s = 1, .g = 1,
-    };
-    s->cs = code;
-    s->ss = data;
-    s->tr.type = f->tss_type;
-    f->run->s.regs.regs.rip = frame[1];
-    f->run->s.regs.regs.rflags = frame[3];
-    f->run->s.regs.regs.rsp = frame[4];
-    f->run->kvm_dirty_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
-}
-
 static int serve_fault(const struct kvmmm_floor_faults *f)
 {
     uint64_t page = (f->run->s.regs.sregs.cr2 - f->gva) / PAGE;
@@ -41,7 +20,7 @@ static int serve_fault(const struct kvmmm_floor_faults *f)
         return -EIO;
     uint64_t *table = (uint64_t *)f->tables_hva[page / ENTRIES];
     __atomic_store_n(&table[page % ENTRIES], f->first_pte + offset, __ATOMIC_RELEASE);
-    return_to_frame(f);
+    kvmmm_floor_return_to_frame(f->run, f->stack_top_hva, f->tss_type, 0);
     return 0;
 }
 

@@ -113,11 +113,17 @@ static inline bool py_copy_quickly(struct py_copy *c)
 {
     const struct py_copy_core *core = c->core;
     uint64_t n;
-    if ((c->flags & PY_COPY_MECHANISM_MASK) > PY_COPY_INTERNAL || core->uses_mirror || c->may_block ||
+    if ((c->flags & PY_COPY_MECHANISM_MASK) > PY_COPY_INTERNAL || c->may_block ||
         c->n_bytes >= core->release_bytes || !c->n_bytes || !core->frames.chunks)
         return false;
-    unsigned need = c->flags & PY_COPY_IGNORE_PERMISSIONS ? c->access << KVMMM_FRAME_MAX_SHIFT : c->access;
-    uintptr_t hva = kvmmm_frames_find(&core->frames, c->addr, c->n_bytes, need, &n);
+    uintptr_t hva;
+    if (core->uses_mirror && !c->flags) {
+        /* Where it is not resident somebody has to count. */
+        hva = core->mirror ? kvmmm_mirror_find(core->mirror, c->addr, c->n_bytes, c->access, &n) : 0;
+    } else {
+        unsigned need = c->flags & PY_COPY_IGNORE_PERMISSIONS ? c->access << KVMMM_FRAME_MAX_SHIFT : c->access;
+        hva = kvmmm_frames_find(&core->frames, c->addr, c->n_bytes, need, &n);
+    }
     if (!hva || n != c->n_bytes)
         return false;
     struct kvmmm_fault fault = {0, 0};
@@ -126,6 +132,7 @@ static inline bool py_copy_quickly(struct py_copy *c)
                                             : kvmmm_zero((void *)hva, n, &fault);
     return c->done == n;
 }
+
 /* Raise what `_copy_failed` raises for it. -1. */
 int py_copy_fail(const struct py_copy *c, const char *why);
 

@@ -274,7 +274,9 @@ int py_copy_run(struct py_copy *c)
             c->done += (uint64_t)moved;
         }
     }
-    return c->core->uses_mirror && c->n_bytes && !(c->flags & PY_COPY_MECHANISM_MASK) ? count_use(c) : 0;
+    bool is_for_mirror =
+        !(c->flags & (PY_COPY_MECHANISM_MASK | PY_COPY_IGNORE_PERMISSIONS | PY_COPY_INACTIVE)) && c->n_bytes;
+    return c->core->uses_mirror && is_for_mirror ? count_use(c) : 0;
 }
 
 int py_copy_names(void)

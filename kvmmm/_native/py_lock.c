@@ -30,28 +30,31 @@ void py_inside_drop(struct py_inside *inside)
         free(inside);
 }
 
-static int refuse(const struct py_inside *inside, const char *what)
+static bool is_inside(const struct py_inside *inside)
 {
+    if (!inside->n)
+        return false;
     unsigned long self = PyThread_get_thread_ident();
     for (unsigned i = 0; i < inside->n; i++)
-        if (inside->threads[i] == self) {
-            PyObject *errors = PyImport_ImportModule("kvmmm.errors");
-            PyObject *type = errors ? PyObject_GetAttrString(errors, "StateError") : NULL;
-            Py_XDECREF(errors);
-            if (type)
-                PyErr_Format(type,
-                             "%s from inside a Reader or Writer of the same memory manager: it holds pages that "
-                             "this might have to wait for",
-                             what);
-            Py_XDECREF(type);
-            return -1;
-        }
-    return 0;
+        if (inside->threads[i] == self)
+            return true;
+    return false;
 }
 
 int py_inside_refuse(const struct py_inside *inside, const char *what)
 {
-    return inside->n ? refuse(inside, what) : 0;
+    if (!is_inside(inside))
+        return 0;
+    PyObject *errors = PyImport_ImportModule("kvmmm.errors");
+    PyObject *type = errors ? PyObject_GetAttrString(errors, "StateError") : NULL;
+    Py_XDECREF(errors);
+    if (type)
+        PyErr_Format(type,
+                     "%s from inside a Reader or Writer of the same memory manager: it holds pages that "
+                     "this might have to wait for",
+                     what);
+    Py_XDECREF(type);
+    return -1;
 }
 
 /* GuardedLock(core) */
@@ -100,7 +103,7 @@ static PyObject *lock_acquire(PyObject *op, PyObject *args)
     int blocking = 1;
     if (!PyArg_ParseTuple(args, "|p", &blocking))
         return NULL;
-    if (!blocking && self->lock && !PyThread_acquire_lock(self->lock, NOWAIT_LOCK))
+    if (!blocking && self->lock && (is_inside(self->inside) || !PyThread_acquire_lock(self->lock, NOWAIT_LOCK)))
         Py_RETURN_FALSE;
     if (!blocking && self->lock)
         self->is_locked = true;

@@ -40,11 +40,11 @@ static int parse_piece(PyObject *piece, int *fd, long long *offset, Py_ssize_t *
 static Py_ssize_t total_of(PyObject *pieces)
 {
     Py_ssize_t total = 0;
-    for (Py_ssize_t i = 0; i < PyList_Size(pieces); i++) {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(pieces); i++) {
         int fd;
         long long offset;
         Py_ssize_t n_bytes;
-        if (parse_piece(PyList_GetItem(pieces, i), &fd, &offset, &n_bytes))
+        if (parse_piece(PyTuple_GetItem(pieces, i), &fd, &offset, &n_bytes))
             return -1;
         if (__builtin_add_overflow(total, n_bytes, &total)) {
             PyErr_SetString(PyExc_OverflowError, "the pieces are longer than any window");
@@ -61,11 +61,11 @@ static int map_pieces(struct py_pinned *self, PyObject *pieces)
 {
     uint8_t *at = self->base;
     int prot = self->readonly ? PROT_READ : PROT_READ | PROT_WRITE;
-    for (Py_ssize_t i = 0; i < PyList_Size(pieces); i++) {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(pieces); i++) {
         int fd;
         long long offset;
         Py_ssize_t n_bytes;
-        if (parse_piece(PyList_GetItem(pieces, i), &fd, &offset, &n_bytes))
+        if (parse_piece(PyTuple_GetItem(pieces, i), &fd, &offset, &n_bytes))
             return 1;
         if (n_bytes > self->base + self->n_bytes - at) {
             PyErr_SetString(PyExc_ValueError, "the pieces have grown meanwhile");
@@ -78,14 +78,8 @@ static int map_pieces(struct py_pinned *self, PyObject *pieces)
     return 0;
 }
 
-/* PinnedWindow(pieces, on_release, writable=True). When it fails on_release is not called. */
-static PyObject *pinned_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+static PyObject *new_window(PyTypeObject *type, PyObject *pieces, PyObject *on_release, bool writable)
 {
-    static char *names[] = {"pieces", "on_release", "writable", NULL};
-    PyObject *pieces, *on_release;
-    int writable = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O|p", names, &PyList_Type, &pieces, &on_release, &writable))
-        return NULL;
     Py_ssize_t n_bytes = total_of(pieces);
     if (n_bytes < 0)
         return NULL;
@@ -107,6 +101,21 @@ static PyObject *pinned_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     }
     Py_DECREF(self);
     return rc < 0 ? py_raise_errno(-rc) : NULL;
+}
+
+/* PinnedWindow(pieces, on_release, writable=True). When it fails on_release is not called. */
+static PyObject *pinned_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"pieces", "on_release", "writable", NULL};
+    PyObject *list, *on_release;
+    int writable = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O|p", names, &PyList_Type, &list, &on_release, &writable))
+        return NULL;
+    /* A number in it may be asked by code that changes the list. */
+    PyObject *pieces = PyList_AsTuple(list);
+    PyObject *window = pieces ? new_window(type, pieces, on_release, writable) : NULL;
+    Py_XDECREF(pieces);
+    return window;
 }
 
 /* Say once that it is over. Whatever runs here may be in the middle of something: its exception is kept, and ours

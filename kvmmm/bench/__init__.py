@@ -10,6 +10,8 @@
     floor.py     the C floors (`_native/floor_*.c`), typed
     guest.py     VMs with the guests of guest/bench
     no_cpu.py    an address space for what is measured without a VM
+    costs.py     what the policy of copies depends on; calibrate.py: that policy
+    policies.py  that policy, the default one, and fixed ones, over whole workloads
     startup.py, exits.py, console.py, paging.py, scaling.py, fault.py, fork.py, copies*.py
                  the groups themselves
 

@@ -8,12 +8,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from kvmmm.bench.record import Record
+
     Sample = Mapping[str, float]
     """One measurement by a probe: times in ns and counts, by name."""
     Probe = Callable[[], Sample]
 
 RATIO, NS, MS = "ratio", "ns", "ms"
-"""Units of a value: product ÷ floor; product minus floor, in ns or in ms."""
+"""Units of a value: product ÷ floor; product minus floor, in ns or in ms.
+
+A RATIO without a floor is one already: its probe has divided what it measured side by side."""
 
 MEDIAN, WORST = "median", "worst"
 """What becomes of the rounds' values: the median, or (of a bound that must hold) the largest."""
@@ -93,16 +97,19 @@ class Group:
         warm_up: Rounds before those, not counted.
         missing: Says what is not here that it needs, and where it comes from; empty for nothing.
             A group that misses something is skipped, by the names of its cases.
+        tell: Makes the text for a person from its records, in place of rows of the table.
     """
 
-    __slots__ = ("cases", "missing", "open", "quick_rounds", "rounds", "title", "warm_up")
+    __slots__ = ("cases", "missing", "open", "quick_rounds", "rounds", "tell", "title", "warm_up")
 
     def __init__(
         self, title: str, cases: Sequence[Case], *,
         open: Callable[[], AbstractContextManager[Mapping[str, Probe]]],  # noqa: A002
         rounds: int, quick_rounds: int, warm_up: int = 1, missing: Callable[[], str] = str,
+        tell: Callable[[Sequence[Record]], str] | None = None,
     ) -> None:  # fmt: skip
         self.missing = missing
+        self.tell = tell
         self.title = title
         self.cases = tuple(cases)
         self.open = open

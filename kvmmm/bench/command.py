@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvmmm.bench.registry import ALL, BENCHMARKS, UnknownBenchmarkError, groups_of
+from kvmmm.bench.registry import ALL, BENCHMARKS, COMMANDS, UnknownBenchmarkError, groups_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,24 @@ EXIT_INTERRUPTED = 130
 EXIT_OVER_LIMIT = 1
 
 
-@click.command("bench")
+class _Bench(click.Command):
+    # `bench NAME`, where some names are commands with options of their own.
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None,
+        **extra: Any,  # noqa: ANN401 - click's own
+    ) -> click.Context:  # fmt: skip
+        if args and args[0] in COMMANDS:
+            command = getattr(import_module(COMMANDS[args[0]][0]), args[0])
+            assert isinstance(command, click.Command)  # noqa: S101 - the table says so
+            return command.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - a command's own answer
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+
+@click.command("bench", cls=_Bench)
 @click.argument("name", required=False)
 @click.option("--quick", is_flag=True, help="Fewer rounds: seconds, and more noise.")
 @click.option(
@@ -40,7 +58,7 @@ def bench(name: str | None, quick: bool, json_path: Path | None, list_only: bool
         _list()
         return
     if name is None:
-        names = ", ".join([*BENCHMARKS, ALL])
+        names = ", ".join([*BENCHMARKS, ALL, *COMMANDS])
         raise click.UsageError(f"say which: {names} (--list shows their cases)")
     try:
         groups = groups_of(name)
@@ -61,16 +79,18 @@ def _list() -> None:
                 click.echo(f"    {case.name} [{case.unit}]{goal}")
                 if case.note:
                     click.echo(f"        {case.note}")
+    for name, (_, what) in COMMANDS.items():
+        click.echo(f"{name}: {what} (a command of its own: kvmmm bench {name} --help)")
 
 
 def _run(groups: Sequence[Group], *, quick: bool, json_path: Path | None) -> int:
     from rich.console import Console
 
     from kvmmm.bench.record import write_json_lines
-    from kvmmm.bench.table import table_of
 
     out, err = Console(), Console(stderr=True)
     records: list[Record] = []
+    measured: list[tuple[Group, list[Record]]] = []
     host = None
     try:
         if json_path is not None:
@@ -82,16 +102,28 @@ def _run(groups: Sequence[Group], *, quick: bool, json_path: Path | None) -> int
                 names = ", ".join(case.name for case in group.cases)
                 err.print(f"{names}: skipped: {missing}", highlight=False, soft_wrap=True)
             else:
-                records += _measure(group, err, quick=quick)
+                measured.append((group, _measure(group, err, quick=quick)))
+                records += measured[-1][1]
     except KeyboardInterrupt:
         if records:
-            out.print(table_of(records))
+            _show(measured, out)
         err.print("interrupted" + (f"; {json_path} was not written" if json_path else ""))
         return EXIT_INTERRUPTED
-    out.print(table_of(records))
+    _show(measured, out)
     if json_path is not None and host is not None:
         write_json_lines(json_path, host, records)
     return EXIT_OVER_LIMIT if any(record.over_limit for record in records) else 0
+
+
+def _show(measured: Sequence[tuple[Group, list[Record]]], out: Console) -> None:
+    from kvmmm.bench.table import table_of
+
+    rows = [record for group, records in measured if not group.tell for record in records]
+    texts = [group.tell(records) for group, records in measured if group.tell]
+    if rows or not texts:
+        out.print(table_of(rows))
+    for text in texts:
+        out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _measure(group: Group, err: Console, *, quick: bool) -> list[Record]:

@@ -74,9 +74,11 @@ class Places:
         return places
 
 
-def _probe(places: Places, copy: Callable[[list[int], bytearray, bool], int]) -> Probe:
-    buffers = {n_bytes: bytearray(n_bytes) for n_bytes in COPIES}
-
+def _probe(
+    places: Places,
+    buffers: Mapping[int, bytearray],
+    copy: Callable[[list[int], bytearray, bool], int],
+) -> Probe:
     def probe() -> Sample:
         sample = {}
         for n_bytes, name in _NAMES.items():
@@ -96,6 +98,8 @@ def _probe(places: Places, copy: Callable[[list[int], bytearray, bool], int]) ->
 def _beside_memcpy() -> Iterator[Mapping[str, Probe]]:
     with GuestMemory(ALL_BYTES) as memory:
         mm = memory.mm
+        # The same for both sides, so that both have it at the same place in the caches.
+        buffers = {n_bytes: bytearray(n_bytes) for n_bytes in COPIES}
 
         def by_mm(addresses: list[int], buffer: bytearray, is_out: bool) -> int:
             start_ns = perf_counter_ns()
@@ -111,8 +115,8 @@ def _beside_memcpy() -> Iterator[Mapping[str, Probe]]:
             return by_memcpy([memory.hva_of(addr) for addr in addresses], buffer, out=is_out)
 
         yield {
-            "ours": _probe(Places(is_second=False), by_mm),
-            "memcpy": _probe(Places(is_second=True), in_c),
+            "ours": _probe(Places(is_second=False), buffers, by_mm),
+            "memcpy": _probe(Places(is_second=True), buffers, in_c),
         }
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from kvmmm.bench.case import Case
+    from kvmmm.bench.case import Case, Sample
 
 _DIGITS = 4
 
@@ -25,14 +25,17 @@ class Record:
         n: Samples of the product behind it.
         over_limit: Counts above their limit: (name, most seen, limit).
         extra: Medians and counts that help to read the value.
+        samples: What it was made from, by (probe, label), one a round; not written.
     """
 
-    __slots__ = ("aa", "case", "extra", "n", "over_limit", "value")
+    __slots__ = ("aa", "case", "extra", "n", "over_limit", "samples", "value")
 
     def __init__(
         self, case: Case, value: float, aa: float, n: int, *,
         over_limit: Sequence[tuple[str, int, int]] = (), extra: Mapping[str, Any] | None = None,
+        samples: Mapping[tuple[str, str], Sequence[Sample]] | None = None,
     ) -> None:  # fmt: skip
+        self.samples = dict(samples or {})
         self.case = case
         self.value = value
         self.aa = aa

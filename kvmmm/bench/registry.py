@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
 BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "startup": ("from nothing to a guest's first exit, and back", ("startup",)),
-    "exits": ("what an exit costs, and a console", ("exits", "console")),
+    "exits": ("what an exit costs, each kind, and a console", ("exits", "exit_kinds", "console")),
     "paging": ("what memory costs that appears on first touch", ("paging",)),
+    "faults": ("what a first touch costs, by which way, how much at a time", ("faults",)),
     "mm": (
         "what the memory manager costs: look-ups, faults, copy-on-write, fork",
         ("scaling", "fault", "fork"),
@@ -22,8 +23,15 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
         "what a copy between host and guest costs",
         ("copies_small", "copies_peers", "copies_large", "copies_many", "copies_cold"),
     ),
+    "policy": ("what a choice of mechanism costs, over whole workloads", ("policies",)),
 }
 """By name: what it measures, and the modules whose GROUPS it runs."""
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "crossover": ("kvmmm.bench.crossover.command", "where copies through the mirror win"),
+    "compare": ("kvmmm.bench.crossover.command", "several crossover sweeps side by side"),
+}
+"""Commands of their own below `bench`: the module that has one of that name, and what it does."""
 
 ALL = "all"
 
@@ -37,7 +45,7 @@ class UnknownBenchmarkError(KvmmmError, ValueError):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        known = ", ".join([*BENCHMARKS, ALL])
+        known = ", ".join([*BENCHMARKS, ALL, *COMMANDS])
         super().__init__(
             f"no benchmark is called {name!r}: there are {known}; and single cases, as exits/pio"
         )

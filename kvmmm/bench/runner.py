@@ -121,7 +121,7 @@ def record_of(case: Case, samples: Samples) -> Record:
             over.append((name, most, limit))
     return Record(
         case, value, abs(a - b) / _scale(case, value), len(product),
-        over_limit=over, extra=_extra(case, samples, every),
+        over_limit=over, extra=_extra(case, samples, every), samples=samples,
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def _worst_of_each(case: Case, samples: Samples) -> Record:
     extra = {"worst": worst} | {time: record.value for time, record in records.items()}
     return Record(
         case, found.value, found.aa, found.n, over_limit=found.over_limit,
-        extra=extra | found.extra,
+        extra=extra | found.extra, samples=samples,
     )  # fmt: skip
 
 
@@ -158,7 +158,9 @@ def _all(samples: Samples, probe: str) -> list[Sample]:
 
 def _extra(case: Case, samples: Samples, values: list[float]) -> dict[str, Any]:
     extra: dict[str, Any] = {}
-    shown = {"product_ns": case.product} | ({"floor_ns": case.floor} if case.floor else {})
+    shown = {"product_ns": case.product} if case.floor or case.unit != RATIO else {}
+    if case.floor:
+        shown["floor_ns"] = case.floor
     shown |= {f"{probe}_{key}_ns": (probe, key) for probe, key in case.shown}
     for name, (probe, key) in shown.items():
         extra[name] = float(statistics.median(sample[key] for sample in _all(samples, probe)))

@@ -1,4 +1,4 @@
-"""The command line: `kvmmm run`, `guests`, `doctor`, `bench`.
+"""The command line: `kvmmm run`, `guests`, `doctor`, `calibrate`, `bench`.
 
     group.py       the commands by name, imported when one of them runs
     failure.py     the one place where an error becomes a message and an exit code
@@ -8,6 +8,7 @@
     summary.py     the tables of `--stats`
     guests.py      `kvmmm guests`
     doctor.py      `kvmmm doctor`: how kvmmm.doctor's findings look
+    calibrate.py   `kvmmm calibrate`: the numbers of kvmmm.bench.calibrate, and their file
 
 A guest's console is stdout and stdin; everything that kvmmm itself has to say goes to stderr, and
 its last line says whose the exit status is. Nothing else in kvmmm prints.

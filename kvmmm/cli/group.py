@@ -19,6 +19,7 @@ _COMMANDS = {
     "run": ("kvmmm.cli.run", "Run a guest: an image, or a bundled guest by name."),
     "guests": ("kvmmm.cli.guests", "List the bundled guests."),
     "doctor": ("kvmmm.cli.doctor", "Find out what this host's KVM can do."),
+    "calibrate": ("kvmmm.cli.calibrate", "Measure what copies cost here, and go by it."),
     "bench": ("kvmmm.bench.command", "Measure, and compare with floors and goals."),
 }
 

@@ -14,6 +14,7 @@ concluded from a host's name: `verdict` says what kind of KVM this is by what it
     stop.py        ending a guest that does not end
     console.py     the two consoles
     speed.py       what an instruction and an exit cost
+    policy.py      what copies go by here, and why a calibration is not used
     examination.py all checks in order, none of which can stop another; the verdict
 
 Layers: it stands on `kvmmm.vmm`, beside `kvmmm.bench`; `kvmmm.cli.doctor` only prints.

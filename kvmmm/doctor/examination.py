@@ -6,7 +6,17 @@ import os
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
-from kvmmm.doctor import console, device, feature, paging, ring, speed, stop, violation
+from kvmmm.doctor import (
+    console,
+    device,
+    feature,
+    paging,
+    policy,
+    ring,
+    speed,
+    stop,
+    violation,
+)
 from kvmmm.doctor.finding import FAILED, MISSING, OK, SKIPPED, Check, Finding
 from kvmmm.errors import KvmmmError, KvmUnavailableError
 
@@ -25,6 +35,7 @@ THEMES: tuple[tuple[str, tuple[Check, ...]], ...] = (
     ("stopping", stop.CHECKS),
     ("console", console.CHECKS),
     ("speed", speed.CHECKS),
+    ("copies", policy.CHECKS),
 )
 
 

@@ -55,7 +55,10 @@ def handle_asio_fault(
         with mm.active_lock:
             usable, error = backing.get_pmas_locked(mm, start, page_up(end), access)
             if usable <= addr:
-                raise _at(error, addr, access)
+                try:
+                    raise _at(error, addr, access)
+                finally:
+                    del error  # or it would keep all callers' frames until the collector comes
             if mirrored:
                 _mirror_locked(mm, start, usable)
             else:
@@ -126,14 +129,18 @@ def mirror_of(mm: MemoryManager) -> Mirror:
 def promote(mm: MemoryManager, addr: int, n_bytes: int, access: int) -> None:
     """Put what is copied often into the mirror, if it is worth a mapping there.
 
-    Called by CopyCore after a copy, when the policy uses the mirror.
+    Called by CopyCore after a copy, when the policy uses the mirror. The copy is done: so nothing
+    is waited for, and a Reader, which cannot have the lock, is not told.
     """
     least_bytes = mm.policy.mirror_min_run_pages << 12
-    with mm.active_lock:
+    if not mm.active_lock.acquire(False):
+        return
+    try:
         found = mm.pmas.find(addr)
         if found is None or found[1] - found[0] < least_bytes or access & ~found[2].effective_perms:
             return
-        try:
-            _mirror_locked(mm, page_down(addr), min(page_up(addr + n_bytes), found[1]))
-        except AddressSpaceIOUnavailableError:
-            return
+        _mirror_locked(mm, page_down(addr), min(page_up(addr + n_bytes), found[1]))
+    except AddressSpaceIOUnavailableError:
+        return
+    finally:
+        mm.active_lock.release()

@@ -70,7 +70,9 @@ def get_pmas_locked(
             else:
                 addr = found[1]
     except OSError as error:
-        return addr, error
+        # Tracebacks would keep this frame, and so all callers', until the collector comes.
+        error.__context__ = None
+        return addr, error.with_traceback(None)
     finally:
         removal.run(mm)
     return end, None

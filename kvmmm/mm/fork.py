@@ -198,7 +198,7 @@ class _Pieces:
         # No copy writes to what is shared from now on.
         mm = self.mm
         if self.shared:
-            mm.forget(0, mm.max_addr)
+            mm.forget(0, mm.max_addr & -PAGE_BYTES)
         if mm.mirror is not None:
             for start, end, _ in self.shared:
                 mm.mirror.unmap(start, end)

@@ -193,7 +193,7 @@ def _move_fresh(mm: MemoryManager, at: int, end: int, access: int, host: int) ->
         if gap[1] < end_page:
             end_page = gap[1]
         n_bytes = (end if end < end_page else end_page) - at
-        if access & WRITE and n_bytes < PAGE_BYTES:
+        if host and access & WRITE and n_bytes < PAGE_BYTES:
             return 0  # one fault is as quick
         return mm._move_fresh(mm.arena.fd, at + pma.delta, host, n_bytes, access)  # noqa: SLF001
 
@@ -250,7 +250,10 @@ def copy_failed(
         f"cannot access guest address {at:#x}: the host has no memory for it "
         f"({total} of {before + n_bytes} bytes done)"
     )
-    raise error
+    try:
+        raise error
+    finally:
+        del error  # or it would keep all callers' frames until the collector comes
 
 
 # ---- the slow path ----
@@ -305,7 +308,10 @@ def make_usable(
     if isinstance(error, GuestFaultError):
         raise _after(type(error)(at, access, **_mapped(error)), before + done)
     error.add_note(f"at guest address {at:#x}, after {before + done} bytes")
-    raise error
+    try:
+        raise error
+    finally:
+        del error
 
 
 def _mapped(error: GuestFaultError) -> dict[str, bool]:

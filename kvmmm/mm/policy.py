@@ -118,8 +118,9 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
         try:
             numbers = read_calibration(path)
             source = str(path)
-        except FileNotFoundError:
-            pass
+        except FileNotFoundError as e:
+            # Who names one means it to be there; in the cache directory most people have none.
+            refused = str(e) if environ.get("KVMMM_CALIBRATION") else ""
         except (OSError, PolicyError) as e:
             refused = str(e)
     given = _given(environ.get("KVMMM_POLICY", ""))

@@ -38,6 +38,8 @@ GOALS = {
     "copies/cold_64": ("ratio", 2.5),
     "copies/mirror_first_touch": ("ratio", 1.2),
     "copies/vec_16x64": ("ratio", 3),
+    "policy/calibrated_worst": ("ratio", 1.05),
+    "policy/default_worst": ("ratio", 1.15),
 }
 HIGHER = {"copies/small_unicorn", "copies/small_process_vm", "copies/large_memcpy"}
 
@@ -50,6 +52,18 @@ def test_every_goal_has_its_case() -> None:
     assert {c.name for c in cases.values() if c.better == "higher"} == HIGHER
     assert cases["exits/console_lines"].limits == {"exits": 64}
     assert cases["paging/touch_64m"].limits == {"exits": 40}
+
+
+def test_kinds_and_ways_are_told_without_a_goal() -> None:
+    told = {c.name for group in groups_of("all") for c in group.cases if c.goal is None}
+
+    kinds = ("out", "in", "out_nobody", "mmio_read", "mmio_write", "page_fault", "syscall")
+    for kind in (*kinds, "out_ring0", "hlt", "deadline"):
+        assert {f"exits/kind_{kind}", f"exits/over_{kind}"} <= told
+    assert "exits/kind_ioeventfd" in told
+    for way in ("slot", "lazy", "pf"):
+        assert {f"faults/{way}_{a}_{w}" for a in ("read", "write") for w in ("4k", "2m")} <= told
+    assert {f"faults/slots_{count}" for count in (1, 100, 1000, 4000)} <= told
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -70,9 +84,8 @@ def test_one_case_can_be_asked_for() -> None:
 
 @pytest.mark.parametrize("name", ["nonsense", "exits/nonsense", "", "nonsense/pio"])
 def test_an_unknown_name_lists_those_that_there_are(name: str) -> None:
-    with pytest.raises(
-        UnknownBenchmarkError, match="startup, exits, paging, mm, copies, all"
-    ) as caught:
+    known = ", ".join([*BENCHMARKS, "all"])
+    with pytest.raises(UnknownBenchmarkError, match=f"there are {known}") as caught:
         groups_of(name)
 
     assert caught.value.name == name

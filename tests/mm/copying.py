@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from kvmmm.mm.policy import Policy
+
 PAGE = 4096
 MAX = 1 << 30
 START = 16 << 20
@@ -39,10 +41,13 @@ class Ground:
     A context manager: at its end nothing may be held, and no frame be lost.
     """
 
-    def __init__(self, arena_bytes: int = 32 << 20, max_addr: int = MAX) -> None:
+    def __init__(
+        self, arena_bytes: int = 32 << 20, max_addr: int = MAX, policy: Policy | None = None
+    ) -> None:
         self.arena = Arena(arena_bytes)
         self._windows = Windows(self.arena)
-        self.mm = MemoryManager(self.arena, TableSpace(max_addr, self._windows))
+        space = TableSpace(max_addr, self._windows)
+        self.mm = MemoryManager(self.arena, space, policy=policy)
         self.map(START, N_BYTES)
         self._children: list[MemoryManager] = []
 

@@ -14,6 +14,7 @@ from kvmmm.errors import GuestFaultError, StateError
 from kvmmm.hostarch.access import READ, READ_WRITE
 from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.hostarch.ranges_seq import AddrRangeSeq
+from kvmmm.mm.policy import Policy
 from kvmmm.mm.vector import copy_in_to, copy_out_from
 from tests.mm.copying import MECHANISMS, N_BYTES, PAGE, SPARE, START, Ground, through, within
 
@@ -124,6 +125,19 @@ def test_warm_copies_work(ground: Ground, mechanism: str):
     for copy in both(ground, Callback(act)):
         assert copy() == 5000
     assert found == [DATA, b"inside", b"inside"] * 2
+
+
+def test_warm_copies_that_want_into_the_mirror():
+    """The policy would put the memory there, and may have to wait for Readers: not for this one."""
+    policy = Policy(mirror=1, mirror_reuses=1, mirror_min_run_pages=1, mirror_vmas=8)
+    with Ground(policy=policy) as ground:
+        for at in range(START, START + N_BYTES, 8 * PAGE):
+            ground.mm.mprotect(at, PAGE, READ)
+            ground.mm.read(at, 8 * PAGE)
+        for copy in both(ground, Callback(lambda _: ground.mm.read(START, N_BYTES)), 100):
+            with contextlib.suppress(GuestFaultError):
+                within(10, copy)
+        ground.map(START, N_BYTES)
 
 
 class MineError(Exception):

@@ -1,13 +1,15 @@
-"""Memory that faults: behind the end of a file."""
+"""Memory that faults: behind the end of a file; the read section; threads one at a time."""
 
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmmm.memmap.host_file import HostFile
+from kvmmm.safemem.ffi import CopyCore
 from tests.safemem.memory import PAGE
 
 if TYPE_CHECKING:
@@ -23,3 +25,18 @@ def cut(tmp_path: Path) -> Iterator[HostFile]:
     with HostFile.open(path, writable=True) as file:
         os.truncate(path, PAGE)
         yield file
+
+
+@pytest.fixture
+def core() -> CopyCore:
+    """A core over no memory at all."""
+    return CopyCore(1 << 30, PAGE, 0)
+
+
+@pytest.fixture
+def no_switches() -> Iterator[None]:
+    """No thread is told to give up the interpreter: another runs only while this one waits."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(before)

@@ -24,7 +24,7 @@ _PACKAGES_PRUNED = (
     "construct_typed", "import_linter", "importlinter", "grimp", "codespell", "codespell_lib",
     "arrow", "dateutil", "python_dateutil", "tzdata", "six", "numpy", "scipy", "pandas",
     "matplotlib", "mpl_toolkits", "pillow", "PIL", "contourpy", "cycler", "fonttools", "fontTools",
-    "kiwisolver",
+    "kiwisolver", "dask", "distributed", "selenium", "unicorn",
 )  # fmt: skip
 _PACKAGE_FILES_PRUNED = (".a", ".c", ".exe", ".h", ".o", ".pyi")
 _PROJECT_PRUNED = ("build", "dist", "node_modules", _CACHE)

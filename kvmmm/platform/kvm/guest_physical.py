@@ -93,6 +93,7 @@ class GuestPhysical:
         vm: The VM.
         arena: Its own memory, in the first window.
         lazy_slots: Whether slots wait for the EPT violation.
+        chunk_bytes: How much an EPT violation then registers, a power of two; 0 is what does best.
         bases: gpa of offset 0, by file. To be read only; the fault path does.
         frames: Where page tables come from.
         n_pages: Pages mapped by all spaces together; an estimate.
@@ -108,6 +109,7 @@ class GuestPhysical:
         self.vm = vm
         self.arena = arena
         self.lazy_slots = lazy_slots
+        self.chunk_bytes = 0
         self.bases: dict[File, int] = {}
         self.n_violations = 0
         self.n_slots = 0
@@ -244,6 +246,9 @@ class GuestPhysical:
     def _chunk(self, window: Window, gpa: int) -> tuple[int, int]:
         # 2 MiB, doubled as long as slots end where the chunk begins, up to 64 MiB: so sequential
         # touching needs few. Large enough in any case for the slots that are left.
+        if self.chunk_bytes:
+            start = max(window.base, gpa & -self.chunk_bytes)
+            return start, min(start + self.chunk_bytes, window.end)
         memslots = self.vm.memslots
         n_free = max(1, memslots.limit - len(memslots) - _SLOTS_KEPT_FREE - len(self.bases))
         start = max(window.base, gpa & -HUGE_PAGE_BYTES)
