@@ -62,10 +62,9 @@ static void core_dealloc(PyObject *op)
 /* Wait until copies have left that may have found what cannot be found any more. */
 static void drain(struct py_copy_core *self)
 {
-    unsigned phase;
-    if (kvmmm_section_flip(&self->section, &phase)) {
+    if (kvmmm_section_is_busy(&self->section)) {
         Py_BEGIN_ALLOW_THREADS
-        kvmmm_section_wait(&self->section, phase);
+        kvmmm_section_drain(&self->section);
         Py_END_ALLOW_THREADS
     }
 }

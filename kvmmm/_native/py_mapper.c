@@ -59,16 +59,15 @@ static int mapper_init(PyObject *op, PyObject *args, PyObject *kwargs)
 static int shoot_down(struct py_mapper *self, const struct kvmmm_pt_stale *stale)
 {
     int rc = 0;
-    unsigned phase;
     struct kvmmm_section *section = self->walk ? &py_walk_of(self->walk)->section : NULL;
-    bool waits = section && kvmmm_section_flip(section, &phase);
+    bool waits = section && kvmmm_section_is_busy(section);
     if (!waits && !self->drops)
         return 0;
     self->n_dontneed += self->drops;
     self->n_stale += self->drops ? stale->n_pages : 0;
     Py_BEGIN_ALLOW_THREADS
     if (waits)
-        kvmmm_section_wait(section, phase);
+        kvmmm_section_drain(section);
     for (uint32_t i = 0; self->drops && i < stale->n_runs && !rc; i++)
         rc = kvmmm_drop_pages(stale->runs[i].start + self->hva_delta, stale->runs[i].end - stale->runs[i].start);
     Py_END_ALLOW_THREADS

@@ -75,6 +75,11 @@ static int map_pieces(struct py_pinned *self, PyObject *pieces)
             return -errno;
         at += n_bytes;
     }
+    /* A number that is asked twice may answer twice. What is not mapped over may not be touched. */
+    if (at != self->base + self->n_bytes) {
+        PyErr_SetString(PyExc_ValueError, "the pieces have shrunk meanwhile");
+        return 1;
+    }
     return 0;
 }
 

@@ -61,10 +61,9 @@ static PyObject *walk_find(PyObject *op, PyObject *const *args, Py_ssize_t n)
 static PyObject *walk_drain(PyObject *op, PyObject *ignored)
 {
     struct kvmmm_section *section = &((struct py_walk *)op)->walk.section;
-    unsigned phase;
-    if (kvmmm_section_flip(section, &phase)) {
+    if (kvmmm_section_is_busy(section)) {
         Py_BEGIN_ALLOW_THREADS
-        kvmmm_section_wait(section, phase);
+        kvmmm_section_drain(section);
         Py_END_ALLOW_THREADS
     }
     return Py_NewRef(Py_None);

@@ -1,7 +1,7 @@
 /* section.h: the read section: copies that others must wait for before they take frames away.
  *
- * Whoever takes something away first makes it impossible to find, then drains. Whoever enters later
- * cannot find it. Entering and flipping happen with the GIL held, so neither sees the other half done.
+ * Whoever takes something away first makes it impossible to find, then drains. Whoever enters later cannot
+ * find it: he counts himself before he looks.
  */
 #ifndef KVMMM_SECTION_H
 #define KVMMM_SECTION_H
@@ -13,9 +13,10 @@
 struct kvmmm_section {
     _Atomic uint32_t n_inside[2]; /* by phase of entry */
     _Atomic uint32_t phase;
+    _Atomic uint32_t n_waiting;
 };
 
-/* With the GIL held; what it returns goes to leave, which any thread may call in any state. */
+/* What it returns goes to leave, which any thread may call. */
 static inline unsigned kvmmm_section_enter(struct kvmmm_section *s)
 {
     unsigned phase = atomic_load_explicit(&s->phase, memory_order_relaxed);
@@ -25,11 +26,14 @@ static inline unsigned kvmmm_section_enter(struct kvmmm_section *s)
 
 void kvmmm_section_leave(struct kvmmm_section *s, unsigned phase);
 
-/* With the GIL held: from now on others enter the other phase. Whether anybody must be waited for, and
- * in @p phase which. One caller at a time, wait included (the mm's active_lock sees to it). */
-bool kvmmm_section_flip(struct kvmmm_section *s, unsigned *phase);
+/* Whether there is anybody to wait for. */
+static inline bool kvmmm_section_is_busy(struct kvmmm_section *s)
+{
+    return atomic_load(&s->n_inside[0]) || atomic_load(&s->n_inside[1]);
+}
 
-/* Without the GIL: until all who entered before the flip have left. */
-void kvmmm_section_wait(struct kvmmm_section *s, unsigned phase);
+/* Until all who are inside now have left; those who come meanwhile are not waited for. Without the GIL.
+ * Several may wait at once. */
+void kvmmm_section_drain(struct kvmmm_section *s);
 
 #endif /* KVMMM_SECTION_H */

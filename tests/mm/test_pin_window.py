@@ -204,3 +204,16 @@ class TestPinnedWindow:
             sys.unraisablehook = before
         assert [one.exc_type for one in reported] == [ZeroDivisionError] * 2
         reported.clear()
+
+
+def test_numbers_that_answer_twice_leave_no_hole(family: Family):
+    class Shrinking:
+        def __init__(self) -> None:
+            self.answers = [2 * PAGE, PAGE]
+
+        def __index__(self) -> int:
+            return self.answers.pop(0)
+
+    pieces: list[Any] = [(family.arena.fd, 0, Shrinking())]
+    with pytest.raises(ValueError, match="shrunk"):
+        PinnedWindow(pieces, lambda _is_collected: None)

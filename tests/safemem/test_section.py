@@ -173,3 +173,18 @@ class TestDrain:
                         break
             assert n_caught, "no copy was caught in flight"
             arena.dec_ref(frames)
+
+
+def test_two_drains_at_once_both_end(core: CopyCore):
+    """The second comes while the first waits, and somebody has entered in between."""
+    for _ in range(20):
+        first = core.enter_copy()
+        drains = [Thread(core.drain)]
+        time.sleep(0.001)
+        second = core.enter_copy()
+        drains.append(Thread(core.drain))
+        time.sleep(0.001)
+        core.leave_copy(first)
+        core.leave_copy(second)
+        for drain in drains:
+            drain.join()
