@@ -193,8 +193,6 @@ def _move_fresh(mm: MemoryManager, at: int, end: int, access: int, host: int) ->
         if gap[1] < end_page:
             end_page = gap[1]
         n_bytes = (end if end < end_page else end_page) - at
-        if host and access & WRITE and n_bytes < PAGE_BYTES:
-            return 0  # one fault is as quick
         return mm._move_fresh(mm.arena.fd, at + pma.delta, host, n_bytes, access)  # noqa: SLF001
 
 
