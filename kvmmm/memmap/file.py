@@ -28,7 +28,8 @@ class File(Protocol):
     def may_fault(self) -> bool:
         """Whether the host itself may get SIGBUS there, because somebody can cut the file short.
 
-        Then the bytes are to be moved by `read_into` and `write_from`, never through `view_of`.
+        Then the bytes are to be moved by copies that recover (`safemem.ffi.safe_copy`; the mm's do)
+        or by `read_into` and `write_from`, never through `view_of`.
         """
 
     def inc_ref(self, fr: FileRange) -> None:

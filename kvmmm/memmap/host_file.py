@@ -3,8 +3,9 @@
 The file lies in one linear shared mapping, from offset 0, of fixed length: file offset fo is at
 `hva + fo` for as long as it is open, whatever the file's size is. Somebody else may cut the file
 short at any time. Then a CPU that touches what is gone faults, the page tables notwithstanding; the
-host must not touch it at all but by system calls, which is what `read_into` and `write_from` do;
-and `revalidate` takes back what was handed out.
+host must not touch it but by copies that recover from the bus error (`safemem.ffi.safe_copy`), or
+by system calls, which is what `read_into` and `write_from` do; and `revalidate` takes back what was
+handed out.
 
 The page in which the file ends can be used as a whole, as with mmap(2). What was read from behind
 the end is zero, what is written there is lost.
@@ -43,7 +44,7 @@ class HostFile(Mapped, LinearFile):
 
     Attributes (all read-only; fd is -1 and hva 0 once closed):
         fd: Our descriptor.
-        hva: Host address of offset 0, a multiple of 2 MiB. Touch nothing there but by system calls.
+        hva: Host address of offset 0, a multiple of 2 MiB. As said above.
         capacity_bytes: Length of the mapping. What the file has behind it cannot be mapped.
         writable: Whether the mapping is.
         max_shared_perms: What a shared mapping of it may be given; a private one may be given all.
