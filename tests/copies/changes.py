@@ -154,7 +154,7 @@ def cuts_quietly(w: World, size_bytes: int, told: bool) -> None:
 @change
 def cuts_brief(w: World, size_bytes: int) -> None:
     """Of a file that is mapped privately, and that nobody has written to yet."""
-    if w.is_brief_cut or w.memory.is_written(w.memory.brief):
+    if w.is_brief_cut or w.memory.brief.is_copied:
         return
     w.is_brief_cut = True
     w.agree(

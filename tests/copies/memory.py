@@ -63,12 +63,6 @@ class CopyMemory(Memory):
                     now = store.cell(index).options
                     olds += [bytes(option) for option in now if option not in olds]
 
-    def is_written(self, backing: Backing) -> bool:
-        """Whether a private mapping of a file has pages of its own."""
-        return any(
-            space.kinds[page].backing is backing for space in self.spaces for page in space.own
-        )
-
 
 class Outcome(NamedTuple):
     """What an operation came to; it must be the same whatever it went through.

@@ -141,6 +141,23 @@ def test_a_failure_is_told_in_few_steps(monkeypatch: pytest.MonkeyPatch):
     assert "Step(name='protects'" in driver.as_code("fake", numbers, fewer)
 
 
+def test_a_file_is_not_cut_behind_a_copy_that_lost_its_page():
+    # One write copies the window of 2 MiB around it; the page that was written then goes, and the
+    # copies of its neighbours stay, whatever becomes of the file.
+    where = {"who": 0, "private": True, "stack": False}
+    steps = [
+        Step("maps", {**where, "page": 1022, "n": 33, "perms": 1, "name": "/brief", "index": 7}),
+        Step("copy_out", {"who": 0, "ignore": True, "addr": 1027 << 12, "n": 8192, "seed": 1,
+                          "kind": 2}),
+        Step("maps", {**where, "page": 1021, "n": 33, "perms": 4, "name": "", "index": 0}),
+        Step("cuts_brief", {"size_bytes": 0}),
+        Step("copy_out", {"who": 0, "ignore": True, "addr": 1054 << 12, "n": 4, "seed": 2,
+                          "kind": 0}),
+    ]  # fmt: skip
+    numbers = dict.fromkeys(driver.NUMBERS, 64)
+    assert driver.replay("fake", numbers, steps) is None
+
+
 def test_layouts_are_repeated():
     steps = []
     for _ in range(2):

@@ -89,6 +89,8 @@ class Backing:
         name: What mappings of it are called.
         max_shared_perms: What a shared mapping may be given.
         real: The mappable that it stands for, once known.
+        is_copied: Whether any private mapping ever had a page of its own: others near it may have
+            been copied with it, and stay when that page goes.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Backing:
         self.name = name
         self.max_shared_perms = max_shared_perms
         self.real = real
+        self.is_copied = False
 
     def __repr__(self) -> str:
         return f"<{self.name}>"

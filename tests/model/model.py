@@ -196,6 +196,7 @@ class Space:
         if not kind.private:
             return cell
         if page not in self.own:
+            kind.backing.is_copied = True
             self.own[page] = Cell(*cell.options, *self.olds.pop(page, ()))
         return self.own[page]
 
@@ -232,6 +233,7 @@ class Space:
             return True
         if still:
             # It has been copied before the file changed.
+            kind.backing.is_copied = True
             self.own[page] = Cell(*still)
             del self.olds[page]
         return bool(still)

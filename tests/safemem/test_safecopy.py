@@ -319,7 +319,8 @@ def test_memory_that_comes_and_goes():
     for done, signo, addr in counts:
         assert (done == n) == (signo == 0)
         assert signo in {0, SEGV}
-        assert done == n or (done % PAGE == 0 and addr == area.hva + done)
+        # Anywhere: a page may go while the copy is in the middle of it.
+        assert done == n or addr == area.hva + done
     assert safe_copy(area.hva, src, n) == (n, 0, 0)
     assert area.memory[:n] == view
     area.close()
