@@ -426,11 +426,14 @@ class IOOpts:
 class GuardedLock:
     """A lock of an mm's, which a thread inside a Reader or Writer of that mm cannot take.
 
+    Without an mm it is a plain lock, for paths where each call counts: `with` costs a third of what
+    it does with a `threading.Lock`.
+
     Raises:
         StateError: It is inside one: it would wait for itself.
     """
 
-    def __init__(self, core: CopyCore, /) -> None: ...
+    def __init__(self, core: CopyCore = ..., /) -> None: ...
     def acquire(self, blocking: bool = True, /) -> bool:
         """Take it; return whether it was taken. Without waiting nothing is raised."""
     def release(self) -> None: ...
@@ -525,7 +528,8 @@ class CopyCore:
     ) -> int:  # fmt: skip
         """Copy out each (addr, src), in order; how many bytes together.
 
-        Errors carry `.item`: the number of the pair. What came before it is done.
+        Errors carry `.item`: the number of the pair. What came before it is done: `.done` counts
+        that, too; `HostBufferError.offset` is in the pair's own buffer.
         """
     def swap_uint32(
         self, addr: int, new: int, /, *, opts: IOOpts | None = None,

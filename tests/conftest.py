@@ -136,6 +136,9 @@ def no_leak(footprint: Footprint) -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def _module_leaves_nothing() -> Iterator[None]:
     gc.collect()
+    # What is here now, stays: modules, tests, their reports. Each of the hundreds of collections to
+    # come would look at these half a million objects again.
+    gc.freeze()
     before = Footprint()
     yield
     leaks = wait_for_no_leak(before)

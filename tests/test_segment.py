@@ -281,6 +281,28 @@ class TestMoveFit:
         assert list(free)[:2] == [(0x1000, 0x2000, True), (0x3000, 0x9000, True)]
 
     @pytest.mark.parametrize(
+        "neighbours", [(), (0x0, 0x1000), (0x9000, 0x10000), (0x500000, 0x501000)]
+    )
+    @pytest.mark.parametrize("start", range(0x1000, 0x9000, 0x1000))
+    def test_as_an_insertion_and_a_removal(self, start: int, neighbours: tuple[int, ...]):
+        for end in range(start + 0x1000, 0xA000, 0x1000):
+            for count in (1, 2):  # merges with a neighbour, or does not
+                sets = self.build(), self.build()
+                for _, used in sets:
+                    if neighbours:
+                        used.insert(*neighbours, count)
+                (free, used), (other_free, other_used) = sets
+                assert free.move_fit(used, 1, start, end - start, 0x1000, 0) == start
+                other_used.insert(start, end, 1)
+                other_free.remove(start, end)
+                assert list(free) == list(other_free)
+                assert list(used) == list(other_used)
+                assert free.span_bytes == other_free.span_bytes
+                assert used.span_bytes == other_used.span_bytes
+                free.check_invariants()
+                used.check_invariants()
+
+    @pytest.mark.parametrize(
         ("hint", "length", "align", "phase"),
         [
             (0, 0x9000, 0x1000, 0),  # too long for the first, and others are not tried

@@ -33,7 +33,7 @@
         .endr
         .endm
 
-        /* After one unaligned vector: go on at the next boundary. */
+        /* After so many bytes, unaligned: go on at the next boundary. */
         .macro  ALIGN width
         mov     %edi, %r9d
         and     $\width - 1, %r9d

@@ -1,9 +1,12 @@
 /* floor_cross.c: the same copies by one mechanism or another, called from C: where the crossover is seen
  * without Python around it.
  *
- * Bytes are found by the finders that CopyCore uses, and moved by its kernel; what is around them is the
- * least that there can be, and the same for all. Who serves a miss of the mirror is C as well, with the
- * calls that Python would make.
+ * It is CopyCore's own code that is timed: what its methods do once they have parsed their arguments, with the
+ * policy that uses the mirror or the one that does not. Not here: to release the GIL, which is the same for
+ * all; and who serves a miss of the mirror is C as well, with the calls that Python would make.
+ *
+ * Two operations are what they could be rather than what they are: a Reader or Writer is memory, its blocks and
+ * the buffer in between are there beforehand. What kvmmm does is timed from Python.
  */
 #define _GNU_SOURCE
 #include "py_copy.h"
@@ -25,33 +28,16 @@ struct kvmmm_cross_block {
     size_t n_bytes;
 };
 
-/* One operation on its way. */
-struct op {
-    struct py_copy_core *core;
-    uint64_t addr, n_bytes, done;
-    uint8_t *host;
-    unsigned access, mechanism;
-};
-
 static inline uint64_t page_down(uint64_t addr) { return addr & -(uint64_t)PAGE; }
 static inline uint64_t page_up(uint64_t addr) { return (addr + PAGE - 1) & -(uint64_t)PAGE; }
 
 /* ---- one operation ---------------------------------------------------------------------------------- */
 
-static inline uintptr_t find(const struct op *c, uint64_t n, uint64_t *n_ret)
-{
-    if (c->mechanism == KVMMM_CROSS_MIRROR)
-        return kvmmm_mirror_find(c->core->mirror, c->addr + c->done, n, c->access, n_ret);
-    if (c->mechanism == KVMMM_CROSS_WALK)
-        return kvmmm_walk_find(c->core->walk, c->addr + c->done, n, c->access, n_ret);
-    return kvmmm_frames_find(&c->core->frames, c->addr + c->done, n, c->access, n_ret);
-}
-
 /* Mirror what is left of a copy, in whole segments, as asio.py does for it. */
-static int serve(struct kvmmm_cross *x, struct op *c)
+static int serve(struct kvmmm_cross *x, struct py_copy *c)
 {
     struct kvmmm_mirror *m = c->core->mirror;
-    if (c->mechanism != KVMMM_CROSS_MIRROR)
+    if (x->mechanism != KVMMM_CROSS_MIRROR)
         return -EFAULT;
     uint64_t low = page_down(c->addr + c->done), high = page_up(c->addr + c->n_bytes);
     for (uint64_t at = low; at < high;) {
@@ -73,12 +59,23 @@ static int serve(struct kvmmm_cross *x, struct op *c)
     return 0;
 }
 
-static int move(struct kvmmm_cross *x, struct op *c)
+/* Where the mirror has nothing, there is no going on without it. */
+static inline void force(const struct kvmmm_cross *x, struct py_copy *c)
+{
+    if (x->mechanism == KVMMM_CROSS_MIRROR)
+        c->flags = PY_COPY_MIRROR;
+}
+
+/* As py_copy_bytes.c and py_copy_run.c. */
+static int move(struct kvmmm_cross *x, struct py_copy *c)
 {
     struct kvmmm_fault fault = {0, 0};
     uint64_t n;
+    if (py_copy_quickly(c))
+        return 0;
+    force(x, c);
     while (c->done < c->n_bytes) {
-        uintptr_t hva = find(c, c->n_bytes - c->done, &n);
+        uintptr_t hva = py_copy_find(c, c->n_bytes - c->done, &n);
         if (!hva) {
             int rc = serve(x, c);
             if (rc)
@@ -96,13 +93,15 @@ static int move(struct kvmmm_cross *x, struct op *c)
     return 0;
 }
 
-static int change_word(struct kvmmm_cross *x, struct op *c)
+/* As py_copy_atomic.c. */
+static int change_word(struct kvmmm_cross *x, struct py_copy *c)
 {
     struct kvmmm_fault fault = {0, 0};
     uint32_t old;
     uint64_t n;
     uintptr_t hva;
-    while (!(hva = find(c, 4, &n))) {
+    force(x, c);
+    while (!(hva = py_copy_find(c, 4, &n))) {
         int rc = serve(x, c);
         if (rc)
             return rc;
@@ -115,12 +114,12 @@ static int change_word(struct kvmmm_cross *x, struct op *c)
 
 /* A Reader or Writer may be called once only, and by then nothing may fail. So internal mappings first find
  * all blocks; through the address space the bytes go by way of a buffer. */
-static int stream(struct kvmmm_cross *x, struct op *c)
+static int stream(struct kvmmm_cross *x, struct py_copy *c)
 {
     struct kvmmm_fault fault = {0, 0};
     bool is_out = c->access == KVMMM_FRAME_WRITE;
     uint8_t *host = c->host;
-    if (c->mechanism != KVMMM_CROSS_INTERNAL) {
+    if (x->mechanism != KVMMM_CROSS_INTERNAL) {
         c->host = (uint8_t *)x->scratch;
         if (is_out)
             kvmmm_copy(c->host, host, c->n_bytes, &fault);
@@ -132,7 +131,7 @@ static int stream(struct kvmmm_cross *x, struct op *c)
     struct kvmmm_cross_block *blocks = (struct kvmmm_cross_block *)x->blocks;
     size_t n_blocks = 0;
     for (uint64_t n; c->done < c->n_bytes; c->done += n) {
-        uintptr_t hva = find(c, c->n_bytes - c->done, &n);
+        uintptr_t hva = py_copy_find(c, c->n_bytes - c->done, &n);
         if (!hva || n_blocks == x->n_blocks)
             return -EFAULT;
         blocks[n_blocks++] = (struct kvmmm_cross_block){(uint8_t *)hva, n};
@@ -147,14 +146,14 @@ static int stream(struct kvmmm_cross *x, struct op *c)
 
 /* ---- how others do it ------------------------------------------------------------------------------- */
 
-static int by_process_vm(struct kvmmm_cross *x, struct op *c)
+static int by_process_vm(struct kvmmm_cross *x, struct py_copy *c)
 {
     struct iovec remote[IOVECS];
     while (c->done < c->n_bytes) {
         struct iovec local = {c->host + c->done, 0};
         size_t n_pieces = 0;
         for (uint64_t n; n_pieces < IOVECS && c->done < c->n_bytes; c->done += n) {
-            uintptr_t hva = find(c, c->n_bytes - c->done, &n);
+            uintptr_t hva = py_copy_find(c, c->n_bytes - c->done, &n);
             if (!hva)
                 return -EFAULT;
             remote[n_pieces++] = (struct iovec){(void *)hva, n};
@@ -168,10 +167,10 @@ static int by_process_vm(struct kvmmm_cross *x, struct op *c)
     return 0;
 }
 
-static int by_file(struct kvmmm_cross *x, struct op *c)
+static int by_file(struct kvmmm_cross *x, struct py_copy *c)
 {
     for (uint64_t n; c->done < c->n_bytes; c->done += n) {
-        uintptr_t hva = find(c, c->n_bytes - c->done, &n);
+        uintptr_t hva = py_copy_find(c, c->n_bytes - c->done, &n);
         if (!hva)
             return -EFAULT;
         uint8_t *host = c->host + c->done;
@@ -187,7 +186,7 @@ static int by_file(struct kvmmm_cross *x, struct op *c)
 
 static bool reads(unsigned operation) { return operation == KVMMM_CROSS_IN || operation == KVMMM_CROSS_IN_TO; }
 
-static int do_one(struct kvmmm_cross *x, struct op *c)
+static int do_one(struct kvmmm_cross *x, struct py_copy *c)
 {
     if (x->mechanism == KVMMM_CROSS_PROCESS_VM)
         return by_process_vm(x, c);
@@ -204,23 +203,19 @@ static uint64_t n_faults(void)
     return getrusage(RUSAGE_THREAD, &usage) ? 0 : (uint64_t)(usage.ru_minflt + usage.ru_majflt);
 }
 
-int64_t kvmmm_cross_run(struct kvmmm_cross *x)
+/* The operations; 0 or -errno. */
+static int run_all(struct kvmmm_cross *x, struct py_copy_core *core)
 {
-    struct py_copy_core *core = (struct py_copy_core *)x->core;
-    if ((x->mechanism == KVMMM_CROSS_WALK && !core->walk) || (x->mechanism == KVMMM_CROSS_MIRROR && !core->mirror))
-        return -ENXIO;
     bool is_word = x->operation == KVMMM_CROSS_SWAP || x->operation == KVMMM_CROSS_CAS;
     unsigned access = reads(x->operation) ? KVMMM_FRAME_READ
                       : is_word           ? KVMMM_FRAME_READ | KVMMM_FRAME_WRITE
                                           : KVMMM_FRAME_WRITE;
+    unsigned flags = x->mechanism == KVMMM_CROSS_WALK ? PY_COPY_WALK : PY_COPY_AUTO;
     int64_t owed_ns = 0, cost_ns = x->plant_ns;
-    x->n_maps = 0;
-    uint64_t faults = n_faults();
-    int64_t start_ns = kvmmm_now_ns();
     for (uint64_t i = 0; i < x->n; i++) {
-        struct op c = {.core = core, .addr = x->addrs[i], .n_bytes = x->n_bytes, .access = access,
-                       .host = x->operation == KVMMM_CROSS_ZERO ? NULL : (uint8_t *)x->hosts[i],
-                       .mechanism = x->mechanism};
+        struct py_copy c = {.core = core, .addr = x->addrs[i], .n_bytes = x->n_bytes, .access = access,
+                            .host = x->operation == KVMMM_CROSS_ZERO ? NULL : (uint8_t *)x->hosts[i],
+                            .flags = flags};
         int rc = do_one(x, &c);
         if (rc)
             return rc;
@@ -232,9 +227,26 @@ int64_t kvmmm_cross_run(struct kvmmm_cross *x)
             owed_ns -= now_ns - from_ns;
         }
     }
+    return 0;
+}
+
+int64_t kvmmm_cross_run(struct kvmmm_cross *x)
+{
+    struct py_copy_core *core = (struct py_copy_core *)x->core, none = {0};
+    if (!core)
+        core = &none; /* no operations: what the clock takes */
+    if ((x->mechanism == KVMMM_CROSS_WALK && !core->walk) || (x->mechanism == KVMMM_CROSS_MIRROR && !core->mirror))
+        return -ENXIO;
+    bool used_mirror = core->uses_mirror;
+    core->uses_mirror = x->mechanism == KVMMM_CROSS_MIRROR;
+    x->n_maps = 0;
+    uint64_t faults = n_faults();
+    int64_t start_ns = kvmmm_now_ns();
+    int rc = run_all(x, core);
     int64_t taken_ns = kvmmm_now_ns() - start_ns;
     x->n_faults = n_faults() - faults;
-    return taken_ns;
+    core->uses_mirror = used_mirror;
+    return rc ? rc : taken_ns;
 }
 
 /* ---- places ----------------------------------------------------------------------------------------- */

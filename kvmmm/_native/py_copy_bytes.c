@@ -17,11 +17,29 @@ static inline int options_of(PyObject *const *args, Py_ssize_t n, Py_ssize_t n_w
 static inline PyObject *finish(struct py_copy *c, struct py_copy_buffer *b)
 {
     int rc = py_copy_begin(c);
-    if (!rc && !py_copy_quickly(c))
+    if (!rc && (c->done || !py_copy_quickly(c)))
         rc = py_copy_run(c);
     if (b)
         py_copy_release(b);
     return rc ? NULL : PyLong_FromUnsignedLongLong(c->done);
+}
+
+/* The usual copy to or from bytes or a bytearray, as py_copy_quickly has it: until that is done nobody else
+ * runs who could resize it, so it need not be exported, which takes longer than a few bytes. Whether it was
+ * one; if not, c->done may be some of it. */
+static inline __attribute__((always_inline)) bool move_quickly(struct py_copy *c, PyObject *object)
+{
+    uint64_t max_addr = c->core->max_addr;
+    if (PyByteArray_CheckExact(object)) {
+        c->host = (uint8_t *)PyByteArray_AsString(object);
+        c->n_bytes = (uint64_t)PyByteArray_Size(object);
+    } else if (c->access == KVMMM_FRAME_WRITE && PyBytes_CheckExact(object)) {
+        c->host = (uint8_t *)PyBytes_AsString(object);
+        c->n_bytes = (uint64_t)PyBytes_Size(object);
+    } else {
+        return false;
+    }
+    return !c->flags && c->addr <= max_addr && c->n_bytes <= max_addr - c->addr && py_copy_quickly(c);
 }
 
 PY_COPY_METHOD(copy_in)
@@ -29,9 +47,13 @@ PY_COPY_METHOD(copy_in)
     struct py_copy c = {.core = (struct py_copy_core *)self, .access = KVMMM_FRAME_READ};
     struct py_copy_buffer b;
     int flags = options_of(args, n, 2, names, "copy_in(addr, dst) takes 2 positional arguments");
-    if (flags < 0 || py_copy_number(args[0], &c.addr) || py_copy_target(args[1], &b))
+    if (flags < 0 || py_copy_number(args[0], &c.addr))
         return NULL;
     c.flags = (unsigned)flags;
+    if (move_quickly(&c, args[1]))
+        return PyLong_FromUnsignedLongLong(c.done);
+    if (py_copy_target(args[1], &b))
+        return NULL;
     c.host = b.view.buf;
     c.n_bytes = (uint64_t)b.view.len;
     c.may_block = b.may_block;
@@ -46,6 +68,8 @@ PY_COPY_METHOD(copy_out)
     if (flags < 0 || py_copy_number(args[0], &c.addr))
         return NULL;
     c.flags = (unsigned)flags;
+    if (move_quickly(&c, args[1]))
+        return PyLong_FromUnsignedLongLong(c.done);
     if (py_copy_source(args[1], &b))
         return NULL;
     c.host = b.view.buf;
@@ -56,20 +80,32 @@ PY_COPY_METHOD(copy_out)
 
 PY_COPY_METHOD(read)
 {
-    struct py_copy c = {.core = (struct py_copy_core *)self, .access = KVMMM_FRAME_READ};
+    const struct py_copy_core *core = (struct py_copy_core *)self;
+    uint64_t addr, n_bytes;
     int flags = options_of(args, n, 2, names, "read(addr, length_bytes) takes 2 positional arguments");
-    if (flags < 0 || py_copy_number(args[0], &c.addr) || py_copy_number(args[1], &c.n_bytes))
+    if (flags < 0 || py_copy_number(args[0], &addr) || py_copy_number(args[1], &n_bytes))
         return NULL;
-    c.flags = (unsigned)flags;
-    if (py_copy_begin(&c))
-        return NULL;
-    if (c.n_bytes > PY_SSIZE_T_MAX)
+    struct py_copy c;
+    bool is_inside = addr <= core->max_addr && n_bytes <= core->max_addr - addr;
+    if (flags || !is_inside) {
+        c = (struct py_copy){.core = (struct py_copy_core *)self, .addr = addr, .n_bytes = n_bytes,
+                             .access = KVMMM_FRAME_READ, .flags = (unsigned)flags};
+        if (py_copy_begin(&c))
+            return NULL;
+        flags = (int)c.flags;
+    }
+    if (n_bytes > PY_SSIZE_T_MAX)
         return PyErr_NoMemory();
-    PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)c.n_bytes);
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n_bytes);
     if (!bytes)
         return NULL;
-    c.host = (uint8_t *)PyBytes_AsString(bytes);
-    if (!py_copy_quickly(&c) && py_copy_run(&c))
+    uint8_t *host = (uint8_t *)PyBytes_AsString(bytes);
+    uint64_t done = py_copy_few(core, addr, host, n_bytes, KVMMM_FRAME_READ, (unsigned)flags);
+    if (done && done == n_bytes)
+        return bytes;
+    c = (struct py_copy){.core = (struct py_copy_core *)self, .addr = addr, .n_bytes = n_bytes, .done = done,
+                         .host = host, .access = KVMMM_FRAME_READ, .flags = (unsigned)flags};
+    if (py_copy_run(&c))
         Py_CLEAR(bytes);
     return bytes;
 }

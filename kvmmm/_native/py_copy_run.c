@@ -11,18 +11,14 @@ static PyObject *name_serve, *name_failed, *name_obj;
 
 /* ---- numbers and buffers ---------------------------------------------------------------------------- */
 
-int py_copy_number(PyObject *object, uint64_t *ret)
+int py_copy_number_slowly(PyObject *object, uint64_t *ret)
 {
-    unsigned long long number;
-    if (PyLong_CheckExact(object)) {
-        number = PyLong_AsUnsignedLongLong(object);
-    } else {
-        PyObject *index = PyNumber_Index(object);
-        if (!index)
-            return -1;
-        number = PyLong_AsUnsignedLongLong(index);
-        Py_DECREF(index);
-    }
+    PyErr_Clear(); /* of the quick try */
+    PyObject *index = PyNumber_Index(object);
+    if (!index)
+        return -1;
+    unsigned long long number = PyLong_AsUnsignedLongLong(index);
+    Py_DECREF(index);
     if (number == (unsigned long long)-1 && PyErr_Occurred()) {
         /* Below zero or above 64 bits: no address space reaches that far. */
         if (!PyErr_ExceptionMatches(PyExc_OverflowError))

@@ -161,12 +161,35 @@ PY_COPY_METHOD(copy_out_vec)
 
 /* ---- a list of pairs ---------------------------------------------------------------------------------- */
 
-/* Note which item failed, on the error that is set. */
-static void note_item(Py_ssize_t i)
+/* A HostBufferError counts from the beginning of the list; its buffer is that of one item, which begins
+ * where `before` bytes are done. A new error (stolen: the old one), or the same if it is any other. */
+static PyObject *in_its_buffer(PyObject *error, uint64_t before)
+{
+    PyObject *module = PyImport_ImportModule("kvmmm.errors"), *done = NULL, *moved = NULL;
+    PyObject *type = module ? PyObject_GetAttrString(module, "HostBufferError") : NULL;
+    if (type && PyObject_IsInstance(error, type) == 1 && (done = PyObject_GetAttrString(error, "done"))) {
+        unsigned long long n = PyLong_AsUnsignedLongLong(done);
+        if (!PyErr_Occurred())
+            moved = PyObject_CallFunction(type, "KO", n - before, done);
+    }
+    PyErr_Clear(); /* then it stays as it is */
+    Py_XDECREF(done);
+    Py_XDECREF(type);
+    Py_XDECREF(module);
+    if (!moved)
+        return error;
+    Py_DECREF(error);
+    return moved;
+}
+
+/* Note which item failed, on the error that is set; `before` bytes were done when it began. */
+static void note_item(Py_ssize_t i, uint64_t before)
 {
     PyObject *type, *error, *traceback;
     PyErr_Fetch(&type, &error, &traceback);
     PyErr_NormalizeException(&type, &error, &traceback);
+    if (error && before)
+        error = in_its_buffer(error, before);
     PyObject *item = PyLong_FromSsize_t(i);
     if (error && item && PyObject_SetAttrString(error, "item", item))
         PyErr_Clear(); /* one that takes no attributes */
@@ -217,7 +240,7 @@ PY_COPY_METHOD(copy_in_many)
         }
         Py_XDECREF(length);
         if (!bytes || PyList_Append(all, bytes)) {
-            note_item(i);
+            note_item(i, 0);
             Py_CLEAR(all);
         }
         Py_XDECREF(bytes);
@@ -249,7 +272,7 @@ PY_COPY_METHOD(copy_out_many)
         }
         Py_XDECREF(data);
         if (rc)
-            note_item(i);
+            note_item(i, c.before);
     }
     return rc ? NULL : PyLong_FromUnsignedLongLong(total);
 }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 from kvmmm.arena.usage import PageUsage, Reservation
 from kvmmm.errors import ArenaExhaustedError, RangeError, StateError
 from kvmmm.hostarch.addr import PAGE_BYTES, PAGE_MASK, HostVirt
 from kvmmm.hostarch.ranges import FileRange
-from kvmmm.safemem.ffi import fill, punch_hole
+from kvmmm.safemem.ffi import GuardedLock, fill, punch_hole
 from kvmmm.segment import SegmentSet
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class Frames:
         self.fd = fd
         self.capacity_bytes = capacity_bytes
         self.hva = HostVirt(hva)
-        self._lock = threading.Lock()
+        self._lock = GuardedLock()
         self._usage = PageUsage(capacity_bytes, used_bytes, reserved_bytes)
         self.first = FileRange(0, used_bytes)
         self.reservation = self._usage.reservation

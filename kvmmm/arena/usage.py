@@ -109,18 +109,18 @@ class PageUsage:
 
         The usual case of `find_fit` and `take`, in one call of C.
         """
-        hints = self.free.hints
+        free = self.free
+        hints = free.hints
         key = (length_bytes, align_bytes)
         hint = hints.get(key)
         if hint is None:
             return None
-        fo = self.free.ranges.move_fit(
-            self._references, 1, hint, length_bytes, align_bytes, phase_bytes
-        )
+        fo = free.ranges.move_fit(self._references, 1, hint, length_bytes, align_bytes, phase_bytes)
         if fo is not None:
             hints[key] = fo + length_bytes
-            self.used_bytes += length_bytes
-            self.peak_used_bytes = max(self.peak_used_bytes, self.used_bytes)
+            used_bytes = self.used_bytes = self.used_bytes + length_bytes
+            if self.peak_used_bytes < used_bytes:  # noqa: PLR1730 - a call of max() costs more
+                self.peak_used_bytes = used_bytes
         return fo
 
     def take(self, start: int, end: int) -> None:

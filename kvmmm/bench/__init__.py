@@ -12,6 +12,8 @@
     no_cpu.py    an address space for what is measured without a VM
     costs.py     what the policy of copies depends on; calibrate.py: that policy
     policies.py  that policy, the default one, and fixed ones, over whole workloads
+    crossover/   where ASIO beats internal mappings: a sweep of several processes, its statistics
+    economics/   first touches and exits as such a sweep; progress.py: a sweep's bar
     startup.py, exits.py, console.py, paging.py, scaling.py, fault.py, fork.py, copies*.py
                  the groups themselves
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvmmm.bench.registry import ALL, BENCHMARKS, COMMANDS, UnknownBenchmarkError, groups_of
+from kvmmm.bench.registry import (
+    ALL,
+    BENCHMARKS,
+    COMMANDS,
+    SWEEPS,
+    UnknownBenchmarkError,
+    groups_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,16 +54,33 @@ class _Bench(click.Command):
     help="Write one JSON record a line: the host, then each case.",
 )  # fmt: skip
 @click.option("--list", "list_only", is_flag=True, help="List the benchmarks and their cases.")
-def bench(name: str | None, quick: bool, json_path: Path | None, list_only: bool) -> None:
+@click.option(
+    "--out", metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+    help="faults, exits: a sweep of several processes, with intervals and a report in DIR.",
+)  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with the sweep that DIR holds.")
+@click.option("--seed", type=int, help="Of the sweep's random choices.")
+def bench(
+    name: str | None, quick: bool, json_path: Path | None, list_only: bool, out: Path | None,
+    resume: bool, seed: int | None,
+) -> None:  # fmt: skip
     """Measure kvmmm beside floors in C: NAME is a benchmark, one case (exits/pio), or `all`.
 
     Each value is a median over interleaved rounds; "A/A noise" is by how much the same thing,
     measured twice, differs. A missed goal does not fail the command; a count above its limit does
     (status 1).
+
+    With --out, `faults` (which has every kind of exit, too) and `exits` are sweeps as `crossover`
+    is: five processes, intervals over processes and rounds, at most three minutes, report.html.
+    Ctrl-C keeps what is done; --resume goes on with it.
     """
     if list_only:
         _list()
         return
+    if out is not None:
+        raise SystemExit(_sweep(name, out, json_path, quick=quick, resume=resume, seed=seed))
+    if resume or seed is not None:
+        raise click.UsageError("--resume and --seed are for sweeps: they need --out")
     if name is None:
         names = ", ".join([*BENCHMARKS, ALL, *COMMANDS])
         raise click.UsageError(f"say which: {names} (--list shows their cases)")
@@ -69,9 +93,22 @@ def bench(name: str | None, quick: bool, json_path: Path | None, list_only: bool
     raise SystemExit(_run(groups, quick=quick, json_path=json_path))
 
 
+def _sweep(
+    name: str | None, folder: Path, json_path: Path | None, *, quick: bool, resume: bool,
+    seed: int | None,
+) -> int:  # fmt: skip
+    if name not in SWEEPS:
+        raise click.UsageError(f"--out is for {', '.join([*SWEEPS, 'crossover'])}")
+    if json_path is not None:
+        raise click.UsageError("--json is not for sweeps: DIR holds results.jsonl")
+    sweep = import_module(SWEEPS[name]).sweep
+    return int(sweep(name, folder, quick=quick, resume=resume, seed=seed))
+
+
 def _list() -> None:
     for name, (what, _) in BENCHMARKS.items():
-        click.echo(f"{name}: {what}")
+        hint = " (--out DIR: a sweep of several processes, with a report)" if name in SWEEPS else ""
+        click.echo(f"{name}: {what}{hint}")
         for group in groups_of(name):
             for case in group.cases:
                 sign = "<=" if case.better == "lower" else ">="

@@ -1,7 +1,8 @@
 """The kinds part of `bench exits`: each kind of exit, whole, and over a loop in C.
 
 `exits/kind_NAME` is what one costs under kvmmm from exit to exit, with the least handler in Python;
-`exits/over_NAME` is the same minus KVM_RUN in a loop that answers just so much in C.
+`exits/over_NAME` is the same minus KVM_RUN in a loop that answers just so much in C. Of one
+process; `bench exits --out DIR` is a sweep over several: `economics`.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ EVENT_KIND = Kind(
     f"e6{EVENT_PORT:02x}", IO, n=1000,
 )  # fmt: skip
 DEADLINE = "deadline"
+ALL_NAMES = (*(kind.name for kind in (*USER_KINDS, *KERNEL_KINDS)), DEADLINE, EVENT_KIND.name)
+"""Of everything that is measured, in the order in which it is told."""
 _TURNS = 10
 
 

@@ -170,8 +170,9 @@ def _noise(records: Sequence[Record], n_rounds: int) -> str:
     return (
         f"Noise: the same measured twice differs by {typical:.1%}, at worst {worst:.1%}, over "
         f"{n_rounds} rounds in one process; what differs by less than that is not told apart, and "
-        f"intervals take rounds as independent.{busy}\nFrames that are not resident cost the same "
-        "more in every way; copies on write are another question (mm/cow_break_window)."
+        f"intervals take rounds as independent (--out DIR asks several processes).{busy}\nFrames "
+        "that are not resident cost the same more in every way; copies on write are another "
+        "question (mm/cow_break_window)."
     )
 
 

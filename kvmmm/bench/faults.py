@@ -6,6 +6,8 @@ are touched at all, and cost more now. Three figures a window, of one round each
 page:  every page touched, in order: ns per page, faults and all
 fault: one page touched in each window: what that costs over the same with all windows there
 map:   a window mapped by the host beforehand, in a loop
+
+These are groups of one process. `bench faults --out DIR` is a sweep over several: `economics`.
 """
 
 from __future__ import annotations

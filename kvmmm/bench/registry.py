@@ -33,6 +33,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Commands of their own below `bench`: the module that has one of that name, and what it does."""
 
+SWEEPS = {"faults": "kvmmm.bench.economics.command", "exits": "kvmmm.bench.economics.command"}
+"""Benchmarks that --out makes a sweep of several processes, with a report: whose `sweep` it is."""
+
 ALL = "all"
 
 

@@ -1,6 +1,6 @@
 """Fresh frames for private anonymous memory: how many around a fault, and where in the arena."""
 
-# ruff: noqa: PLR1730 - a call of min() costs more than an if, right after an exit
+# ruff: noqa: FURB136, PLR1730 - a call of min() costs more than an if, right after an exit
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -33,8 +33,9 @@ def allocation_direction(mm: MemoryManager, start: int) -> bool:
 
 
 def allocate_locked(
-    mm: MemoryManager, addr: int, end: int, vma_segment: tuple[int, int, Vma], *, exact: bool
-) -> tuple[int, int, Pma]:
+    mm: MemoryManager, addr: int, end: int, vma_segment: tuple[int, int, Vma], *, exact: bool,
+    gap: tuple[int, int] | None = None,
+) -> tuple[int, int, Pma]:  # fmt: skip
     """Back `addr`, and what is sensible around it, with fresh zero-filled frames.
 
     Args:
@@ -43,6 +44,7 @@ def allocate_locked(
         end: What is wanted is [addr, end), page aligned; may reach beyond the vma.
         vma_segment: (start, end, vma) around `addr`.
         exact: Back nothing but what is wanted, instead of a window.
+        gap: `mm.pmas.find_gap(addr)`, if the caller has it.
 
     Returns:
         The pma at `addr`, with the neighbours that it was merged with.
@@ -59,11 +61,9 @@ def allocate_locked(
     # Cold, after an exit: hence plain arithmetic, and no calls that can be done without.
     vma_start, vma_end, vma = vma_segment
     pmas = mm.pmas
-    gap_start, gap_end = pmas.find_gap(addr) or (vma_start, vma_end)
-    if gap_start < vma_start:
-        gap_start = vma_start
-    if gap_end > vma_end:
-        gap_end = vma_end
+    free_start, free_end = gap or pmas.find_gap(addr) or (vma_start, vma_end)
+    gap_start = free_start if free_start > vma_start else vma_start
+    gap_end = free_end if free_end < vma_end else vma_end
     if exact:
         gap_start = addr
         if gap_end > end:
@@ -75,7 +75,7 @@ def allocate_locked(
         start, stop = mm.window.place(addr, (start, stop), vma_end - vma_start, least_bytes)
         if stop < end:
             stop = min(align_up(end, HUGE_PAGE_BYTES), gap_end)
-    top_down = allocation_direction(mm, addr)
+    top_down = not 0 < mm.last_fault < addr and allocation_direction(mm, addr)
     mm.last_fault = addr
     fo = None
     if not top_down and mm.home is None:
@@ -84,11 +84,21 @@ def allocate_locked(
         fo = mm.arena.take(stop - start, HUGE_PAGE_BYTES, phase)
     if fo is None:
         start, stop, fo = _place_locked(mm, addr, (start, stop), (gap_start, gap_end), top_down)
-    pma = Pma(mm.arena, fo - start, vma.effective_perms, vma.effective_max_perms)
+    pma = mm.window.fresh
+    perms, max_perms = vma.effective_perms, vma.effective_max_perms
+    if (
+        pma is None
+        or pma.delta != fo - start
+        or pma.effective_perms != perms
+        or pma.max_perms != max_perms
+    ):
+        pma = mm.window.fresh = Pma(mm.arena, fo - start, perms, max_perms)
     pmas.insert(start, stop, pma)
     mm.counters.allocated_bytes += stop - start
     if mm.max_rss_bytes < (rss_bytes := pmas.span_bytes):
         mm.max_rss_bytes = rss_bytes
+    if free_start < start and stop < free_end:
+        return start, stop, pma
     # Whole, if it was merged with neighbours.
     return pmas.find(addr) or (start, stop, pma)
 

@@ -56,7 +56,7 @@ def handle_asio_fault(
             usable, error = backing.get_pmas_locked(mm, start, page_up(end), access)
             if usable <= addr:
                 try:
-                    raise _at(error, addr, access)
+                    raise error_at(error, addr, access)
                 finally:
                     del error  # or it would keep all callers' frames until the collector comes
             if mirrored:
@@ -65,11 +65,48 @@ def handle_asio_fault(
                 _map_locked(mm, start, usable)
 
 
-def _at(error: OSError | None, addr: int, access: int) -> OSError:
+def mirror_resident(mm: MemoryManager, at: int, end: int, access: int) -> bool:
+    """Put the one pma that a copy needs into the mirror: the usual miss, in few steps.
+
+    It comes after a copy, which has had the caches for itself: every line costs several times what
+    it does in a loop.
+
+    Args:
+        mm: The address space.
+        at: Guest address that is not resident.
+        end: Where the copy ends.
+        access: What it is for.
+
+    Returns:
+        False: it takes more than one pma that is there and allows it. Nothing was done.
+
+    Raises:
+        AddressSpaceIOUnavailableError: As for `handle_asio_fault`.
+    """
+    with mm.active_lock:
+        mirror, found = mm.mirror, mm.pmas.find(at)
+        if mirror is None or found is None or found[1] < end:
+            return False
+        start, stop, pma = found
+        arena, perms = mm.arena, pma.effective_perms
+        if pma.file is not arena or access & ~perms:
+            return False
+        mirror.map_run(start, stop, arena.fd, start + pma.delta, perms & 3, (at, end))
+        return True
+
+
+def error_at(error: OSError | None, addr: int, access: int) -> OSError:
+    """Return what refused a page as the caller asked: not the page, the address.
+
+    Args:
+        error: What ended `backing.get_pmas_locked` or `usable_end_locked`; None counts as a hole.
+        addr: Guest address, in the page that was refused.
+        access: What it was for.
+    """
     if isinstance(error, GuestBusError):
         return GuestBusError(addr, access)
     if error is None or isinstance(error, GuestFaultError):
-        return GuestFaultError(addr, access, mapped=True)
+        return GuestFaultError(addr, access, mapped=error is not None and error.mapped)
     error.add_note(f"at guest address {addr:#x}")
     return error
 

@@ -132,10 +132,17 @@ def serve_copy(
         will.
     """
     at = addr + done
+    if not flags and mm.pmas.find(at) is None:
+        # Without a lock, so a hint only.
+        moved = _move_fresh(mm, at, addr + n_bytes, access, host)
+        if moved is not None:
+            return moved
     ignores = bool(flags & IGNORE_PERMISSIONS)
     if (flags >> MECHANISM_SHIFT) & 3 >= WALK:
         mirrored = (flags >> MECHANISM_SHIFT) & 3 > WALK
         try:
+            if mirrored and asio.mirror_resident(mm, at, addr + n_bytes, access):
+                return 0
             ar = AddrRange(at, addr + n_bytes)
             asio.handle_asio_fault(mm, at, ar, access, mirrored=mirrored)
         except AddressSpaceIOUnavailableError:
@@ -143,11 +150,6 @@ def serve_copy(
         except GuestFaultError as error:
             raise _after(error, before + done) from None
         return 0
-    if not flags and mm.pmas.find(at) is None:
-        # Without a lock, so a hint only.
-        moved = _move_fresh(mm, at, addr + n_bytes, access, host)
-        if moved is not None:
-            return moved
     with mm.active_lock:
         found = mm.pmas.find(at)
         if found is not None:
@@ -174,7 +176,7 @@ def _move_fresh(mm: MemoryManager, at: int, end: int, access: int, host: int) ->
         page = at & -PAGE_BYTES
         end_page = end + PAGE_BYTES - 1 & -PAGE_BYTES
         try:
-            found = allocate_locked(mm, page, end_page, segment, exact=False)
+            found = allocate_locked(mm, page, end_page, segment, exact=False, gap=gap)
         except ArenaExhaustedError:
             return None
         start, stop, pma = found

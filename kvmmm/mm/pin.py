@@ -18,7 +18,6 @@ import sys
 from typing import TYPE_CHECKING, Self
 
 from kvmmm.errors import (
-    GuestBusError,
     GuestFaultError,
     MmError,
     RangeError,
@@ -29,6 +28,7 @@ from kvmmm.hostarch.access import READ, READ_WRITE
 from kvmmm.hostarch.addr import ADDRESS_LIMIT, page_down, page_up
 from kvmmm.hostarch.ranges import AddrRange
 from kvmmm.mm import backing
+from kvmmm.mm.asio import error_at
 from kvmmm.mm.vma import usable_end_locked
 from kvmmm.safemem.ffi import PinnedWindow
 
@@ -136,7 +136,9 @@ def pin(
     if made.error is not None:
         made.release()
         error = made.error
-        raise _at(error, error.addr, error.access) if isinstance(error, GuestFaultError) else error
+        if isinstance(error, GuestFaultError):
+            raise error_at(error, error.addr, error.access)
+        raise error
     start = addr - made.ranges[0][0].start
     return memoryview(_window(made, writable=writable))[start : start + length_bytes]
 
@@ -172,7 +174,7 @@ def pin_frames(mm: MemoryManager, addr: int, length_bytes: int, access: int) -> 
             end, cause = backing.get_pmas_locked(mm, start, end, access, break_cow=True)
             error = cause or error
         if end <= start:
-            raise _at(error, addr, access)
+            raise error_at(error, addr, access)
         ranges = []
         for pma_start, pma_end, pma in mm.pmas.segments(start, end):
             ar = AddrRange(max(start, pma_start), min(end, pma_end))
@@ -182,15 +184,6 @@ def pin_frames(mm: MemoryManager, addr: int, length_bytes: int, access: int) -> 
         made = Pin(mm, ranges, error)
         mm.pins.add(made)
         return made
-
-
-def _at(error: OSError | None, addr: int, access: int) -> OSError:
-    # As the caller asked: not the page, the address.
-    if isinstance(error, GuestBusError):
-        return GuestBusError(addr, access)
-    if error is None or isinstance(error, GuestFaultError):
-        return GuestFaultError(addr, access, mapped=error is not None and error.mapped)
-    return error
 
 
 def release_waiting() -> None:

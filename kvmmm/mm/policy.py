@@ -37,10 +37,11 @@ DEFAULTS: dict[str, int] = {
 
 
 class Policy:
-    """The numbers. Immutable.
+    """The numbers. Immutable: what a memory manager has told C of them would not follow a change.
 
     Raises:
         PolicyError: A name or a number is none.
+        AttributeError: Somebody assigns to one.
 
     Attributes:
         release_bytes: Copies of so many bytes release the GIL: handing it over costs as much as
@@ -60,16 +61,37 @@ class Policy:
         "refused", "release_bytes", "source",
     )  # fmt: skip
 
+    release_bytes: int
+    bounce_max_bytes: int
+    mirror: bool
+    mirror_reuses: int
+    mirror_min_run_pages: int
+    mirror_vmas: int | None
+    source: str
+    refused: str
+
     def __init__(self, *, source: str = "argument", **numbers: int) -> None:
         merged = {**DEFAULTS, **_checked(source, numbers)}
-        self.release_bytes = merged["release_bytes"]
-        self.bounce_max_bytes = merged["bounce_max_bytes"]
-        self.mirror = bool(merged["mirror"])
-        self.mirror_reuses = max(merged["mirror_reuses"], 1)
-        self.mirror_min_run_pages = merged["mirror_min_run_pages"]
-        self.mirror_vmas = merged["mirror_vmas"] or None
-        self.source = source
-        self.refused = ""
+        fields: dict[str, object] = {
+            **merged,
+            "mirror": bool(merged["mirror"]),
+            "mirror_reuses": max(merged["mirror_reuses"], 1),
+            "mirror_vmas": merged["mirror_vmas"] or None,
+            "source": source,
+            "refused": "",
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, _value: object) -> None:
+        raise AttributeError(f"a policy is immutable: {name} stays; make another one")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a policy is immutable: {name} stays")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A copy, or one in another process, is made as this was: there is nothing to assign to.
+        return _made, (self.source, self.refused, self.as_dict())
 
     def as_dict(self) -> dict[str, int]:
         """Return the numbers by name, as a calibration file and the constructor have them."""
@@ -78,6 +100,12 @@ class Policy:
     def __repr__(self) -> str:
         numbers = " ".join(f"{name}={getattr(self, name)}" for name in sorted(DEFAULTS))
         return f"<Policy {numbers} ({self.source})>"
+
+
+def _made(source: str, refused: str, numbers: Mapping[str, int]) -> Policy:
+    policy = Policy(source=source, **numbers)
+    object.__setattr__(policy, "refused", refused)  # nobody has it yet
+    return policy
 
 
 def _checked(source: str, numbers: Mapping[str, object]) -> dict[str, int]:
@@ -127,9 +155,7 @@ def from_environment(environ: Mapping[str, str] | None = None) -> Policy:
     if given:
         numbers |= given
         source = f"KVMMM_POLICY over {source}"
-    policy = Policy(source=source, **numbers)
-    policy.refused = refused
-    return policy
+    return _made(source, refused, numbers)
 
 
 def _given(text: str) -> dict[str, int]:

@@ -20,6 +20,7 @@ from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, align_down
 if TYPE_CHECKING:
     from kvmmm.arena import Arena, Reservation
     from kvmmm.hostarch.ranges import FileRange
+    from kvmmm.mm.pma import Pma
 
 MAX_WINDOW_BYTES = 16 << 20
 """Where doubling ends, in a vma below 1 GiB; 1/64 of a larger one."""
@@ -52,11 +53,16 @@ class Window:
     """How much the next fault should allocate; remembers where the last one ended.
 
     Guarded by active_lock.
+
+    Attributes:
+        fresh: The pma that was allocated last. It has no addresses: what lies at the same distance
+            from its frames, under the same rules, has this one too.
     """
 
-    __slots__ = ("length_bytes", "next_start")
+    __slots__ = ("fresh", "length_bytes", "next_start")
 
     def __init__(self) -> None:
+        self.fresh: Pma | None = None
         self.length_bytes = 0
         self.next_start = -1
 

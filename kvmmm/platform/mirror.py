@@ -12,6 +12,7 @@ them; at that limit malloc and new threads fail. So the mirror is a cache with a
 Source: gVisor platform.AddressSpaceIO; mmap(2), madvise(2), vm.max_map_count in sysctl/vm.rst.
 """
 
+# ruff: noqa: FURB136, PLR1730 - a call of min() costs more than an if, on the way of a first touch
 from __future__ import annotations
 
 import errno
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from kvmmm.errors import AddressSpaceIOUnavailableError
 from kvmmm.hostarch.access import WRITE
-from kvmmm.hostarch.addr import GIANT_PAGE_BYTES, PAGE_BYTES, page_down, page_up
+from kvmmm.hostarch.addr import GIANT_PAGE_BYTES, PAGE_BYTES, page_up
 from kvmmm.safemem.ffi import MirrorWindow
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ _RUNS_LEAST = 1024
 # A read fault maps 16 pages, each as quickly as MADV_POPULATE_READ does. A write fault maps one,
 # so that entries made before are six times cheaper; but the call takes as long as a few.
 _POPULATE_LEAST_BYTES = 4 * PAGE_BYTES
+
+_GIANT_PAGE_SHIFT = 30
 
 # Facts of the host, asked once: VMAs that all mirrors together may use, and whether
 # MADV_POPULATE_READ is known (Linux 5.14).
@@ -119,16 +122,24 @@ class Mirror(MirrorWindow):
         Raises:
             AddressSpaceIOUnavailableError: There are no VMAs for it, or the host refused.
         """
-        # Downwards: should one piece cost another its place, it is not where the copy begins.
-        low = max(start, wanted[0] & -GIANT_PAGE_BYTES)
-        at = min(end, (wanted[1] + GIANT_PAGE_BYTES - 1) & -GIANT_PAGE_BYTES)
-        while low < at:
-            stop = at
-            at = max(low, (stop - 1) & -GIANT_PAGE_BYTES)
-            self._map_piece(at, stop, fd, fo + at - start, perms)
-        low, high = max(start, page_down(wanted[0])), min(end, page_up(wanted[1]))
-        if perms & WRITE and high - low >= _POPULATE_LEAST_BYTES and _can_populate:
-            self._populate(low, high)
+        if start >> _GIANT_PAGE_SHIFT == end - 1 >> _GIANT_PAGE_SHIFT:
+            self._map_piece(start, end, fd, fo, perms)
+        else:
+            # Downwards: should one piece cost another its place, it is not where the copy begins.
+            low = max(start, wanted[0] & -GIANT_PAGE_BYTES)
+            at = min(end, (wanted[1] + GIANT_PAGE_BYTES - 1) & -GIANT_PAGE_BYTES)
+            while low < at:
+                stop = at
+                at = max(low, (stop - 1) & -GIANT_PAGE_BYTES)
+                self._map_piece(at, stop, fd, fo + at - start, perms)
+        if perms & WRITE and _can_populate:
+            low, high = wanted[0] & -PAGE_BYTES, wanted[1] + PAGE_BYTES - 1 & -PAGE_BYTES
+            if low < start:
+                low = start
+            if high > end:
+                high = end
+            if high - low >= _POPULATE_LEAST_BYTES:
+                self._populate(low, high)
 
     def unmap(self, start: int, end: int) -> None:
         """Take a range away, after copies in it have left: what is there is not reachable any more.
@@ -149,7 +160,12 @@ class Mirror(MirrorWindow):
         self._runs.clear()
 
     def _map_piece(self, start: int, end: int, fd: int, fo: int, perms: int) -> None:
-        self._make_room(self.vmas_needed(start))
+        # After a copy has had the caches for itself: hence few calls.
+        n_more = self.vmas_needed(start)
+        if self.n_vmas + n_more > self._budget_vmas or (
+            self._shares and self.n_vmas_of_process + n_more > _process_budget
+        ):
+            self._make_room(n_more)
         while True:
             try:
                 self.map(start, end, fd, fo, perms)
@@ -159,8 +175,10 @@ class Mirror(MirrorWindow):
                     raise AddressSpaceIOUnavailableError(
                         f"cannot mirror [{start:#x}, {end:#x}): {e.strerror}"
                     ) from e
-        self._runs[start] = max(end, self._runs.pop(start, 0))
-        if len(self._runs) > self._n_runs_most:
+        runs = self._runs
+        was = runs.pop(start, 0)
+        runs[start] = was if was > end else end
+        if len(runs) > self._n_runs_most:
             self._runs = {at: to for at, to in self._runs.items() if self.victim(at, to)}
             self._n_runs_most = 2 * len(self._runs) + _RUNS_LEAST
 

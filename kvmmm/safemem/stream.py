@@ -32,6 +32,10 @@ class Reader(Protocol):
         It is called once at most for a copy, while others that want to unmap memory wait: it must
         not call operations of the memory manager (they raise), nor keep `dsts` or parts of it.
 
+        Keep off other memory managers too. One that maps the same file and has it looked at again
+        (`HostFile.revalidate`) tells this one, where that raises, with the work half done; and two
+        threads whose Readers unmap memory of each other's memory manager wait for ever.
+
         Returns:
             How many: fewer than there is room for is no error.
         """

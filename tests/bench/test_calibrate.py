@@ -6,13 +6,20 @@ import json
 import os
 import random
 from time import monotonic, perf_counter_ns
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from kvmmm.bench import costs
-from kvmmm.bench.calibrate import MOST_REUSES, calibrate, derive
+from kvmmm.bench.calibrate import MOST_REUSES, break_even_copies, calibrate, derive
 from kvmmm.bench.costs import Costs, Pair, pair_of
+from kvmmm.mm import MemoryManager
 from kvmmm.mm.policy import DEFAULTS, Policy
+from kvmmm.safemem.ffi import address_of, ffi
+
+if TYPE_CHECKING:
+    from kvmmm.hostarch.ranges_seq import AddrRangeSeq
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 NS = 1000.0
@@ -85,7 +92,10 @@ def test_where_the_mirror_begins(gains: dict[str, Pair], run_ns: float, mirror: 
     ("release_ns", "rate", "wanted"),
     [
         (100, 40, 128 << 10),  # 200 000 bytes
-        (50, 27, 64 << 10),  # 67 500
+        (50, 27, 128 << 10),  # 67 500: that might as well be the default
+        (20, 30, 32 << 10),  # 30 000
+        (24, 34, 32 << 10),  # 40 800
+        (200, 30, 256 << 10),  # 300 000
         (1, 26, 32 << 10),
         (100_000, 26, 1 << 20),
     ],
@@ -101,17 +111,58 @@ def test_noise_leaves_the_defaults():
     numbers, _ = derive(
         planted(
             release=pair(1.0, noise=0.2), gains=quicker(0.99, 1.01), page_ns=0.0,
-            bounces={64: pair(0.99, noise=0.02)},
+            bounces={n: pair(1.01, noise=0.02) for n in costs.BOUNCED},
         )
     )  # fmt: skip
 
-    assert numbers == DEFAULTS | {"bounce_max_bytes": 0}
+    assert numbers == DEFAULTS
 
 
-def test_a_buffer_is_used_up_to_where_it_loses():
-    bounces = {64: pair(0.8), 256: pair(0.9), 512: pair(1.0), 1024: pair(0.8)}
+@pytest.mark.parametrize("factor", [0.7, 1.4])
+def test_what_another_process_may_find_leaves_the_defaults(factor: float):
+    """Costs of a process differ from those of the next: a decision may not."""
+    found = planted(
+        release=pair(1 + 0.04 * factor, noise=0.002), mmap_ns=250.0 * 16 * factor,
+        gains=quicker(0.97, 0.98, 0.96), bounces={64: pair(1.01), 512: pair(1.02)},
+    )  # fmt: skip
 
-    assert derive(planted(bounces=bounces))[0]["bounce_max_bytes"] == 256
+    numbers, _ = derive(found)
+
+    assert numbers["release_bytes"] == DEFAULTS["release_bytes"]
+    assert numbers["mirror_min_run_pages"] == DEFAULTS["mirror_min_run_pages"]
+    assert (numbers["mirror"], numbers["bounce_max_bytes"]) == (0, 512)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "wanted"),
+    [
+        ((0.8, 0.9, 1.0, 1.1), 512),
+        ((0.8, 0.9, 1.1, 0.8), 256),
+        ((1.1, 0.9, 0.9, 0.9), 0),
+        ((1.0, 1.0, 1.0, 0.8), 1024),
+        ((0.9, 0.9, 0.9, 0.995), 512),
+    ],
+)
+def test_a_buffer_is_used_up_to_where_it_loses(ratios: tuple[float, ...], wanted: int):
+    sizes = (64, 256, 512, 1024)
+    bounces = {n: pair(ratio) for n, ratio in zip(sizes, ratios, strict=True)}
+
+    assert derive(planted(bounces=bounces))[0]["bounce_max_bytes"] == wanted
+
+
+def test_the_mirror_must_be_worth_it_beyond_doubt():
+    gains = {str(n): pair(0.94, noise=0.03) for n in range(6)}
+
+    assert derive(planted(gains=gains))[0]["mirror"] == 0
+    assert derive(planted(gains={n: pair(0.94, noise=0.005) for n in gains}))[0]["mirror"] == 1
+
+
+def test_it_says_after_how_many_copies_a_run_is_repaid():
+    assert break_even_copies(planted(gains=quicker(0.9, 0.8, 0.7))) == 101
+    assert break_even_copies(planted(gains=quicker(1.1, 1.2, 0.9))) is None
+    for gains in (quicker(0.9, 0.8, 0.7), quicker(0.99, 0.98, 0.97)):
+        repaid = break_even_copies(planted(gains=gains))
+        assert f"after {repaid} copies" in derive(planted(gains=gains))[1]["mirror_reuses"]
 
 
 def test_a_run_is_worth_a_mapping_of_the_same_cost():
@@ -153,7 +204,7 @@ def test_it_measures_this_host():
     # A signal costs more than a copy, a mapping more than a page in it, on every machine.
     assert measured.fault_ns > 0
     assert measured.run_ns > 0
-    assert {name.split()[1] for name in measured.gains} == {"hot", "spread"}
+    assert {name.split()[-1] for name in measured.gains} == {"hot", "spread"}
     assert set(measured.bounces) == set(costs.BOUNCED)
     assert json.loads(json.dumps(measured.as_dict()))["release"]["a_ns"] > 0
 
@@ -175,6 +226,40 @@ def test_both_sides_of_a_gain_are_what_they_claim(monkeypatch: pytest.MonkeyPatc
     n_pages = costs.MEMORY_BYTES // 4096
     n_runs = n_pages // costs.RUN_PAGES
     assert seen == [(0, n_runs), (n_pages, n_runs)]
+
+
+def test_vectored_copies_move_all_their_bytes(monkeypatch: pytest.MonkeyPatch):
+    """On both sides: a Writer that is full takes nothing, quickly."""
+    seen = set()
+    copy_in_to = MemoryManager.copy_in_to
+
+    def look(mm: MemoryManager, ranges: AddrRangeSeq, dst: object, **more: Any) -> int:
+        n_bytes = copy_in_to(mm, ranges, dst, **more)  # type: ignore[arg-type]
+        seen.add((mm.policy.bounce_max_bytes > 0, ranges.n_bytes, n_bytes))
+        return n_bytes
+
+    monkeypatch.setattr(MemoryManager, "copy_in_to", look)
+    costs.measure(0.05)
+
+    assert seen == {(bounces, n, n) for bounces in (False, True) for n in costs.BOUNCED}
+
+
+def test_both_sides_of_a_sample_have_the_same_buffer():
+    """How it lies in its page may matter more than what is compared."""
+    addresses = costs._Addresses(64, 1 << 16)
+    seen: list[list[int]] = [[], []]
+    mms = [
+        SimpleNamespace(
+            copy_in=lambda _addr, dst, at=at: at.append(address_of(ffi.from_buffer(dst)))
+        )
+        for at in seen
+    ]
+    copiers = [addresses.copier(mm) for mm in mms]  # type: ignore[arg-type]
+    for copier in (copiers[0], *copiers, copiers[1]):
+        copier()
+
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) == 2
 
 
 def test_there_is_a_limit_to_patience():

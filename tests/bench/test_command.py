@@ -137,6 +137,41 @@ def test_a_name_that_is_none_lists_the_names(
     assert "fake, all" in result.output
 
 
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["fake", "--out", "x"], "--out is for faults, exits, crossover"),
+        (["--out", "x"], "--out is for faults"),
+        (["faults", "--out", "x", "--json", "y"], "--json is not for sweeps"),
+        (["faults", "--resume"], "they need --out"),
+        (["faults", "--seed", "1"], "they need --out"),
+    ],
+)
+def test_sweeps_are_asked_for_with_a_folder_and_by_name(
+    invoke: Callable[..., Result], args: list[str], says: str
+) -> None:
+    result = invoke(*args)
+
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+def test_a_sweep_is_given_what_was_asked_for(
+    invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[object] = []
+
+    def sweep(subject: str, folder: Path, **options: object) -> int:
+        asked.extend((subject, folder, options))
+        return 3
+
+    monkeypatch.setattr("kvmmm.bench.economics.command.sweep", sweep)
+    result = invoke("exits", "--quick", "--out", str(tmp_path), "--seed", "7")
+
+    assert result.exit_code == 3
+    assert asked == ["exits", tmp_path, {"quick": True, "resume": False, "seed": 7}]
+
+
 def test_list_names_every_case_with_its_goal(invoke: Callable[..., Result]) -> None:
     result = invoke("--list")
 

@@ -10,7 +10,7 @@ import pytest
 
 from kvmmm.bench import exit_guests
 from kvmmm.bench.exit_guests import KindGuest, kernel_guest, user_guest
-from kvmmm.bench.exit_kinds import EVENT_KIND, GROUPS, KERNEL_KINDS, USER_KINDS, Kind
+from kvmmm.bench.exit_kinds import ALL_NAMES, EVENT_KIND, GROUPS, KERNEL_KINDS, USER_KINDS, Kind
 from kvmmm.bench.guest import MARK_END, MARK_START, BenchmarkError
 from kvmmm.bench.runner import measure
 
@@ -47,6 +47,7 @@ def test_every_kind_has_its_two_cases() -> None:
     for kind in (*USER_KINDS, *KERNEL_KINDS):
         assert {f"exits/kind_{kind.name}", f"exits/over_{kind.name}"} <= names
     assert {"exits/kind_deadline", "exits/over_deadline", "exits/kind_ioeventfd"} <= names
+    assert {f"exits/kind_{name}" for name in ALL_NAMES} == {n for n in names if "kind_" in n}
 
 
 class TestGuests:

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from kvmmm.bench import calibrate as bench_calibrate
+from kvmmm.bench.calibrate import Calibration
 from kvmmm.cli.group import kvmmm as group
 from kvmmm.errors import EXIT_OS, EXIT_USAGE
 from kvmmm.mm import calibration
@@ -53,7 +54,53 @@ def test_it_writes_where_the_memory_manager_looks(path: Path):
     for name, number in numbers.items():
         assert name in result.output
         assert str(number) in result.output
-    assert json.loads(path.read_text())["costs"]["fault_ns"] > 0
+    content = json.loads(path.read_text())
+    assert content["costs"]["fault_ns"] > 0
+    assert set(content["reasons"]) == set(DEFAULTS) - {"mirror_vmas"}
+
+
+def found(changes: dict[str, int]) -> Calibration:
+    """What a calibration might come to."""
+    costs = bench_calibrate.calibrate(0.0).costs
+    return Calibration(costs, DEFAULTS | changes, {"mirror": "it wins here"}, 10**9)
+
+
+def test_it_says_what_changes_and_why(path: Path, monkeypatch: pytest.MonkeyPatch):
+    same, other = found({}), found({"mirror": 1})
+    monkeypatch.setattr(bench_calibrate, "calibrate", lambda: same)
+    assert "nothing changes" in invoke().output
+
+    monkeypatch.setattr(bench_calibrate, "calibrate", lambda: other)
+    result = invoke()
+    assert "mirror changes from 0 to 1, because it wins here" in result.output
+    assert "nothing changes" in invoke().output  # a second time
+    assert read_calibration(path)["mirror"] == 1
+
+
+def test_what_was_found_is_shown_even_if_it_cannot_be_kept(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    one = found({"mirror_reuses": 77})
+    monkeypatch.setattr(bench_calibrate, "calibrate", lambda: one)
+    path.parent.write_bytes(b"")  # where its directory should be
+
+    result = invoke()
+
+    assert result.exit_code == EXIT_OS
+    assert "77" in result.output
+
+
+def test_it_says_if_the_file_is_not_in_force(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    one = found({})
+    monkeypatch.setattr(bench_calibrate, "calibrate", lambda: one)
+    other = tmp_path / "other.json"
+    assert (
+        f"not in force: that needs KVMMM_CALIBRATION={other}" in invoke("--out", str(other)).output
+    )
+    monkeypatch.setenv("KVMMM_POLICY", "mirror=1")
+    assert f"overridden: KVMMM_POLICY over {path}" in invoke().output
 
 
 @pytest.mark.usefixtures("quick")
@@ -71,13 +118,26 @@ def test_show_says_what_is_in_force(path: Path):
     assert "in force: defaults" in result.output
     assert f"{path}: there is none; `kvmmm calibrate` makes it" in result.output
 
-    calibration.write(path, NUMBERS, {})
+    calibration.write(path, NUMBERS, {}, {"mirror_reuses": "repaid then"})
     result = invoke("--show")
     assert result.exit_code == 0
     assert f"in force: {path}" in result.output
     assert "mirror_reuses" in result.output
     assert "77" in result.output
-    assert calibration.host_fingerprint() in result.output
+    assert "repaid then" in result.output
+    assert f"{path}: new, made 2" in result.output
+    assert calibration.host_fingerprint()["kernel"] in result.output
+
+
+def test_show_says_what_is_overridden(path: Path, monkeypatch: pytest.MonkeyPatch):
+    calibration.write(path, NUMBERS, {}, {"mirror": "it loses"})
+    monkeypatch.setenv("KVMMM_POLICY", "mirror=1")
+
+    result = invoke("--show")
+
+    assert f"in force: KVMMM_POLICY over {path}" in result.output
+    assert "overridden by KVMMM_POLICY" in result.output
+    assert "it loses" not in result.output
 
 
 def test_show_says_why_a_file_is_refused(path: Path):

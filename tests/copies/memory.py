@@ -145,9 +145,16 @@ def write(model: Space, ranges: Iterable[tuple[int, int]], data: bytes) -> list[
     return written
 
 
-def known_bytes(model: Space, addr: int, n_bytes: int) -> bytes | None:
-    """What lies in a range that can be reached; None where it is not said which of several."""
-    found = b""
+def known_bytes(model: Space, addr: int, n_bytes: int, *, until: bytes = b"") -> bytes | None:
+    """What lies in a range that can be reached; None where it is not said which of several.
+
+    Args:
+        model: Whose memory it is.
+        addr: Where it begins.
+        n_bytes: So far.
+        until: Or up to the page in which this byte is found first.
+    """
+    found = []
     for at, stop in cuts(addr, n_bytes):
         page = at // PAGE
         kind = model.kinds[page]
@@ -159,8 +166,10 @@ def known_bytes(model: Space, addr: int, n_bytes: int) -> bytes | None:
         if cell is not None and len(cell.options) > 1:
             return None
         content = ZEROS if cell is None else cell.options[0]
-        found += content[at % PAGE : at % PAGE + stop - at]
-    return found
+        found.append(content[at % PAGE : at % PAGE + stop - at])
+        if until and until in found[-1]:
+            break
+    return b"".join(found)
 
 
 def peek(mm: MemoryManager, addr: int, n_bytes: int) -> list[tuple[int, bytes]]:

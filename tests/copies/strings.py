@@ -39,7 +39,7 @@ class ReadString(Operation):
         if fault is None and n < max_bytes:
             fault = Fault(max(addr, limit), n, mapped=False)
         n = done_of(fault, n)
-        known = known_bytes(model, addr, n)
+        known = known_bytes(model, addr, n, until=b"\0")
         if known is None:
             return []
         length = known.find(0)

@@ -40,30 +40,55 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_calibration(path: Path):
-    calibration.write(path, DEFAULTS | {"mirror": 1, "release_bytes": 1 << 16}, {})
+    numbers = DEFAULTS | {"mirror": 1, "release_bytes": 1 << 16}
+    calibration.write(path, numbers, {}, {"mirror": "it wins"})
 
     found = find()
 
     assert found.result == "ok"
-    assert found.fact == f"the mirror where it is resident, the GIL released from 64 KiB: {path}"
+    assert found.fact.startswith(
+        f"the mirror where it is resident, the GIL released from 64 KiB: {path}, new; "
+    )
+    assert "mirror 1: it wins" in found.fact
+
+
+def test_one_that_changes_nothing(path: Path):
+    calibration.write(path, DEFAULTS, {}, {"mirror": "it loses"})
+
+    assert find().fact.endswith("new; the defaults fit this host")
+
+
+def test_none_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv("KVMMM_CALIBRATION")
+    monkeypatch.delenv("KVMMM_POLICY", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    found = find()
+
+    assert (found.result, found.value) == ("ok", "defaults")
+    assert "`kvmmm calibrate`" in found.fact
 
 
 def test_one_that_was_refused(path: Path):
     calibration.write(path, DEFAULTS, {})
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
 
     found = find()
 
     assert found.result == "works differently"
-    assert f"refused: {path}: schema 2, not 1" in found.fact
+    assert f"refused: {path}: schema 1, not 2" in found.fact
     assert "kvmmm calibrate" in found.remedy
     assert found.value == "defaults"
 
 
-def test_the_environment(monkeypatch: pytest.MonkeyPatch):
+def test_the_environment(path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KVMMM_CALIBRATION", "off")
     monkeypatch.setenv("KVMMM_POLICY", "mirror=1")
     assert find().value == "KVMMM_POLICY over defaults"
+
+    calibration.write(path, DEFAULTS, {}, {"mirror": "it loses"})
+    monkeypatch.setenv("KVMMM_CALIBRATION", str(path))
+    assert "mirror 1: overridden by KVMMM_POLICY; the calibration says 0" in find().fact
 
     monkeypatch.setenv("KVMMM_POLICY", "nonsense")
     with pytest.raises(PolicyError):

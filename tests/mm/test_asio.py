@@ -75,6 +75,35 @@ def fault(ground: Ground, addr: int, end: int, access: int, *, mirrored: bool) -
     ground.mm.handle_asio_fault(addr, AddrRange(addr, end), access, mirrored=mirrored)
 
 
+class TestWhatIsThere:
+    """A copy of what one pma has is served in few steps; everything else as a fault is."""
+
+    def test_the_whole_pma(self, ground: Ground):
+        ground.map(AT, 8 * PAGE)
+        ground.mm.copy_out(AT, b"x", opts=IOOpts(mechanism="mirror"))
+        ground.mm.mirror.forget(AT, AT + 8 * PAGE)
+        assert asio.mirror_resident(ground.mm, AT + PAGE, AT + 2 * PAGE, WRITE)
+        assert all(reaches(ground, AT + i * PAGE, READ_WRITE, mirrored=True) for i in range(8))
+
+    def test_what_takes_more(self, ground: Ground):
+        mm = ground.mm
+        ground.map(AT, 4 * PAGE)
+        ground.map(AT + 4 * PAGE, 4 * PAGE, READ)
+        assert not asio.mirror_resident(mm, AT, AT + PAGE, READ)  # no mirror, no pma
+        mm.copy_out(AT, b"x", opts=IOOpts(mechanism="mirror"))
+        mm.read(AT + 4 * PAGE, 1)
+        mm.mirror.forget(AT, AT + 8 * PAGE)
+        for at, end, access in (
+            (AT + 3 * PAGE, AT + 4 * PAGE + 1, READ),  # two pmas
+            (AT + 4 * PAGE, AT + 5 * PAGE, WRITE),  # not allowed
+            (AT + 8 * PAGE, AT + 9 * PAGE, READ),  # nothing
+        ):
+            assert not asio.mirror_resident(mm, at, end, access)
+        assert mm.mirror.n_resident_pages == 0
+        assert asio.mirror_resident(mm, AT + 4 * PAGE, AT + 5 * PAGE, READ)
+        assert not reaches(ground, AT + 4 * PAGE, WRITE, mirrored=True)
+
+
 @pytest.mark.parametrize("mirrored", VIA, ids=NAMES.values())
 class TestHowFar:
     """Inability to reach the first page is an error; of later ones nothing is said."""

@@ -94,9 +94,24 @@ def test_a_cut_buffer_of_many_ranges(ground: Ground):
             with pytest.raises(HostBufferError) as caught:
                 call(ranges, part)
             assert (caught.value.done, caught.value.offset) == (PAGE, PAGE)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("n_before", [0, 1, 3])
+def test_a_cut_buffer_of_many_requests(ground: Ground, n_before: int, mechanism: str):
+    """`.offset` is in the buffer of its item; `.done` counts all."""
+    before = [(START + i * PAGE, b"abc" * i) for i in range(n_before)]
+    n_done = sum(len(data) for _, data in before)
+    with CutFile(3, 1) as cut, memoryview(cut.map)[100:12000] as part:
+        requests = [*before, (START + 9 * PAGE, part), (START, b"never")]
         with pytest.raises(HostBufferError) as caught:
-            ground.mm.copy_out_many([(START, b"abc"), (START + PAGE, part)])
-        assert caught.value.done == 3 + PAGE
+            ground.mm.copy_out_many(requests, **through(mechanism))
+        error = caught.value
+        assert (error.offset, error.done) == (PAGE - 100, n_done + PAGE - 100)
+        assert error.item == n_before  # type: ignore[attr-defined]
+        assert f"at byte {PAGE - 100}:" in str(error)
+        assert f"({n_done + PAGE - 100} bytes done)" in str(error)
+        assert ground.mm.read(START + 9 * PAGE, PAGE - 100) == bytes(part[: PAGE - 100])
 
 
 def test_which_of_two_ends_comes_first(ground: Ground):

@@ -86,6 +86,23 @@ def test_unborn():
     assert MirrorWindow.__new__(MirrorWindow).find(0, PAGE, 1) is None
 
 
+def test_a_lock_without_an_mm():
+    lock = GuardedLock()
+    with lock:
+        assert lock.locked()
+        assert not lock.acquire(False)
+    with Ground() as ground:
+        token = ground.mm.enter_copy()
+        with lock:  # inside a Reader of whatever mm
+            pass
+        ground.mm.leave_copy(token)
+    assert not lock.locked()
+    with pytest.raises(RuntimeError):
+        lock.release()
+    with pytest.raises(TypeError):
+        GuardedLock(None)  # type: ignore[arg-type]
+
+
 def test_born_twice():
     with Ground() as ground:
         with pytest.raises((KvmmmError, ValueError)):

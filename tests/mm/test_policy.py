@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +98,11 @@ def days_ago(days: float) -> str:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"host": "x86_64; Another CPU; microcode 1; 6.1"}, "another host .*Another CPU"),
-        ({"schema": 99}, "schema 99, not 1"),
+        ({"host": "x86_64; Another CPU; microcode 1; 6.1"}, "another host: it says .*Another CPU"),
+        ({"host": None}, "no calibration.*host"),
+        ({"host": {}}, "another host: .*its kernel was None, here it is"),
+        ({"reasons": 7}, "no calibration"),
+        ({"schema": 99}, "schema 99, not 2"),
         ({"build": "00000000"}, "another build"),
         ({"build": None}, "another build"),
         ({"made": days_ago(400)}, "400 days ago"),
@@ -150,6 +155,30 @@ def test_a_recent_one_is_good(path: Path, age_days: float):
     assert read_calibration(path) == NUMBERS
 
 
+def test_assignments_are_refused():
+    policy = Policy(mirror=1, source="here")
+    before = repr(policy)
+
+    for name in (*DEFAULTS, "source", "refused", "anything"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(policy, name, 0)
+        with pytest.raises(AttributeError, match=name):
+            delattr(policy, name)
+
+    assert repr(policy) == before
+    assert not hasattr(policy, "__dict__")
+
+
+def test_a_policy_can_be_copied_and_sent(path: Path):
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    for policy in (Policy(mirror=1, mirror_vmas=9, source="here"), in_force(path)):
+        sent = pickle.loads(pickle.dumps(policy))  # noqa: S301 - our own
+        for same in (copy.copy(policy), copy.deepcopy(policy), sent):
+            assert repr(same) == repr(policy)
+            assert (same.as_dict(), same.refused) == (policy.as_dict(), policy.refused)
+
+
 def test_where_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     below = ("kvmmm", "calibration.json")
@@ -161,13 +190,3 @@ def test_where_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert relative == tmp_path.joinpath(".cache", *below)
     assert str(calibration.calibration_path({"KVMMM_CALIBRATION": "x.json"})) == "x.json"
     assert calibration.calibration_path({"KVMMM_CALIBRATION": "off"}) is None
-
-
-def test_the_fingerprint_names_processor_and_kernel():
-    import platform
-
-    host = calibration.host_fingerprint()
-
-    assert host.startswith(platform.machine())
-    assert host.endswith(platform.release())
-    assert len(host.split("; ")) == 4

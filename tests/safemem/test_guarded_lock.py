@@ -205,8 +205,6 @@ class TestGuardedLock:
         assert lock.locked()
         with pytest.raises(TypeError):
             GuardedLock("core")  # type: ignore[arg-type]
-        with pytest.raises(TypeError):
-            GuardedLock()  # type: ignore[call-arg]
 
     def test_it_outlives_its_core(self):
         core = CopyCore(MAX, PAGE, 0)

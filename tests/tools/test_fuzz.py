@@ -7,13 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tools.fuzz.entries import ENTRIES, Call
 from tools.fuzz.hostile import Exporter, Index, LyingList, Truth, show
 from tools.fuzz.record import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from concurrent.futures import Future
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -25,7 +31,22 @@ def run_tool(*arguments: str, timeout: float = 100) -> subprocess.CompletedProce
     )  # fmt: skip
 
 
+def provoked(what: str) -> tuple[str, ...]:
+    return (
+        "--seed", "7", "--minutes", "0.5", "--cases", "50", "--findings", "2", "--deadline", "3",
+        "--provoke", what,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hanging() -> Iterator[Future[subprocess.CompletedProcess[str]]]:
+    """A run in which hangs are found: it mostly waits, so it runs beside other tests."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(run_tool, *provoked("hang"))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("hanging")
 def test_it_runs_and_finds_nothing():
     done = run_tool("--seed", "1", "--minutes", "0.05", "--cases", "300")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -40,26 +61,6 @@ def test_it_runs_and_finds_nothing():
     )
     assert "(not there)" not in done.stdout.replace("PageWalk (not there)", "")
     assert "minutes left" in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("what", "kind"),
-    [("crash", "crash (SIGSEGV)"), ("hang", "hang"), ("leak", "leak"), ("invariant", "invariant")],
-)
-def test_it_finds_what_is_planted(what: str, kind: str):
-    done = run_tool(
-        "--seed", "7", "--minutes", "0.5", "--cases", "50", "--findings", "2", "--deadline", "3",
-        "--provoke", what,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert f"found: {kind}, seed 7\nfound: {kind}, seed 8\n" in done.stdout
-    assert f"{kind} in seed 7" in done.stderr
-    # What leads there, and how to see it again.
-    assert f"    provoke {what}\n" in done.stderr
-    assert 'again: make fuzz ARGS="--seed 7 --replay"' in done.stderr
-    if what == "hang":
-        assert "signal.pause" in done.stderr or "_provoke" in done.stderr
 
 
 @pytest.mark.slow
@@ -87,6 +88,25 @@ def test_ctrl_c_ends_it_with_a_summary():
     assert process.wait(30) == 130
     assert shown.startswith("\nstopped\n")
     assert "nothing found" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [("crash", "crash (SIGSEGV)"), ("leak", "leak"), ("invariant", "invariant"), ("hang", "hang")],
+)
+def test_it_finds_what_is_planted(
+    what: str, kind: str, hanging: Future[subprocess.CompletedProcess[str]]
+):
+    done = hanging.result() if what == "hang" else run_tool(*provoked(what))
+    assert done.returncode == 1
+    assert f"found: {kind}, seed 7\nfound: {kind}, seed 8\n" in done.stdout
+    assert f"{kind} in seed 7" in done.stderr
+    # What leads there, and how to see it again.
+    assert f"    provoke {what}\n" in done.stderr
+    assert 'again: make fuzz ARGS="--seed 7 --replay"' in done.stderr
+    if what == "hang":
+        assert "signal.pause" in done.stderr or "_provoke" in done.stderr
 
 
 def test_a_record_keeps_the_last_lines(tmp_path: Path):

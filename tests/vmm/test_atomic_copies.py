@@ -155,8 +155,9 @@ def test_no_update_is_lost(opts: IOOpts, scaled: Callable[[int], int]):
     from_guest = [token for token in taken if token & 1]
     assert from_guest == sorted(set(from_guest))
     assert all(token <= 2 * n for token in from_guest)
-    # They were at it together: one does 2 * SLACK operations at most between two of the other's.
-    least = n // SLACK // 2
+    # They were at it together: one does 2 * SLACK operations at most between two of the other's;
+    # before the first and after the last there may be none of them.
+    least = max(n // SLACK // 2 - 2, 1)
     assert n_races >= n_seen >= least
     assert numbers_after("counted", result)["seen"][0] >= least
     assert len(from_guest) >= least

@@ -58,8 +58,11 @@ class Call:
 
     def judge_error(self, error: BaseException) -> str:
         """Return what is wrong about an error that is of a kind that may be; empty for nothing."""
-        if isinstance(error, HostBufferError) and not 0 <= error.done <= error.offset:
-            return f"offset {error.offset} after {error.done} bytes"
+        if isinstance(error, HostBufferError):
+            # In a batch the offset is within one item's buffer, and what came before counts as done.
+            most = error.offset if getattr(error, "item", 0) == 0 else error.done
+            if error.offset < 0 or not 0 <= error.done <= most:
+                return f"offset {error.offset} after {error.done} bytes"
         if type(self.addr) is not int or not isinstance(error, GuestFaultError):
             return ""
         is_inside = self.n_bytes is not None and 0 <= self.n_bytes <= MAX_ADDR - self.addr

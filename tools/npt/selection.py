@@ -24,7 +24,12 @@ _PACKAGES_PRUNED = (
     "construct_typed", "import_linter", "importlinter", "grimp", "codespell", "codespell_lib",
     "arrow", "dateutil", "python_dateutil", "tzdata", "six", "numpy", "scipy", "pandas",
     "matplotlib", "mpl_toolkits", "pillow", "PIL", "contourpy", "cycler", "fonttools", "fontTools",
-    "kiwisolver", "dask", "distributed", "selenium", "unicorn",
+    "kiwisolver", "dask", "distributed", "selenium", "unicorn", "pyparsing",
+    # What distributed and selenium bring.
+    "cloudpickle", "fsspec", "jinja2", "locket", "markupsafe", "msgpack", "partd", "psutil",
+    "tblib", "tlz", "toolz", "tornado", "urllib3", "yaml", "zict",
+    "h11", "outcome", "sniffio", "sortedcontainers", "trio", "trio_websocket", "websocket",
+    "wsproto",
 )  # fmt: skip
 _PACKAGE_FILES_PRUNED = (".a", ".c", ".exe", ".h", ".o", ".pyi")
 _PROJECT_PRUNED = ("build", "dist", "node_modules", _CACHE)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from kvmmm.bench.crossover.crossing import Crossover, Parity
-from kvmmm.bench.crossover.report.words import bytes_text, host_line, interval_text, ratio_text
+from kvmmm.bench.crossover.crossing import FEWEST_SIZES, Crossover, Parity
+from kvmmm.bench.crossover.record import INTERNAL
+from kvmmm.bench.crossover.report.words import bytes_text, host_line, ratio_text
 from kvmmm.bench.crossover.thresholds import (
     COPY_MAP_MIN_BYTES,
     COSTLY,
@@ -24,19 +25,21 @@ if TYPE_CHECKING:
 
 LINES = 10
 """How many lines an answer has; fewer where the data does not carry it."""
+LINE_CHARS = 260
+"""No line is longer: they are read in a terminal, and stand in the README."""
 ASKED_FOR = "mirror"
 """The address space that the question is about; the walk of page tables is in the report."""
 STATES = {
-    "warm": "Both warm",
-    "mirror-cold": "Mirror cold, linear mapping warm",
-    "linear-cold": "Mirror warm, linear mapping cold",
-    "cold": "Both cold",
-    "absent": "Page absent",
+    "warm": ("Both warm", "where both are warm"),
+    "linear-cold": ("Linear mapping cold", "where the linear mapping is cold"),
+    "mirror-cold": ("Mirror cold", "where the mirror is cold"),
+    "cold": ("Both cold", "where both are cold"),
+    "absent": ("Page absent", "where the page is absent"),
 }
-"""Residency states, in the order of the lines about them."""
+"""Residency states, in the order of the lines about them: what each is called."""
 FULL_PROCESSES = 5
-_DECISIVE = 0.5
-_SHOWN = 2
+_MOSTLY = 0.8
+_FEWEST_WINS = 5
 
 
 def summarize(folder: Path) -> list[str]:
@@ -56,30 +59,39 @@ def summarize(folder: Path) -> list[str]:
 
 def answer_of(results: Results, analysis: Analysis) -> list[str]:
     """Return the answer, a line each; ten, or why there is none."""
-    first = _provenance(results, analysis)
     if (refusal := _refusal(analysis)) is not None:
-        return [first, f"No answer: {refusal}", _unsaid(analysis.noise)]
+        return [f"No answer: {refusal}", _provenance(results, analysis)]
     curves = [curve for curve in analysis.curves if curve.pair[0] == ASKED_FOR]
     return [
-        first,
         _headline(curves),
+        _what_decides(curves),
         *(_state_line(state, curves) for state in STATES),
         _threshold_line(COPY_MAP_MIN_BYTES, "plain copies", analysis.thresholds),
         _threshold_line(RW_MAP_MIN_BYTES, "vectored copies", analysis.thresholds),
-        _unsaid(analysis.noise),
+        _provenance(results, analysis),
     ]
 
 
 def _provenance(results: Results, analysis: Analysis) -> str:
     header = results.header
     host = host_line(header.host) or "a host that says nothing of itself"
-    line = f"This host alone: {host}; {header.mode} sweep, {len(results.cells)} cells"
-    line += f", {analysis.n_processes} processes."
+    line = f"Measured: {host}; {header.mode} sweep, {len(results.cells)} cells"
+    line += f", {analysis.n_processes} processes"
+    if noise := _noise_text(analysis.noise):
+        line += f"; {noise}"
     if analysis.n_processes < FULL_PROCESSES:
-        line += f" Fewer than {FULL_PROCESSES}: intervals are wide, and less may be said."
+        line += f". Fewer than {FULL_PROCESSES} processes: intervals are wide"
     if results.footer is None or not results.footer.complete:
-        line += " The sweep did not come to its end."
-    return line
+        line += ". The sweep did not come to its end"
+    return f"{line}. Not known: bare metal, other KVMs and CPUs, NUMA, a guest that runs meanwhile."
+
+
+def _noise_text(noise: Noise) -> str:
+    finite = [value for value in noise.smallest_of.values() if math.isfinite(value)]
+    if not finite:
+        return ""
+    low, high = f"{min(finite):.1%}", f"{max(finite):.1%}"
+    return f"less than {low if low == high else f'{low} to {high}'} is noise (A/A)"
 
 
 def _refusal(analysis: Analysis) -> str | None:
@@ -103,32 +115,44 @@ def _refusal(analysis: Analysis) -> str | None:
 
 
 def _headline(curves: Sequence[Curve]) -> str:
-    found = [c.verdict for c in curves if isinstance(c.verdict, Crossover)]
+    won = []
+    for state, (_, where) in STATES.items():
+        if points := _points_in(curves, state):
+            n_won = len(_won_by(ASKED_FOR, points))
+            won.append((n_won / len(points), f"{n_won} of {len(points)} cells {where}"))
+    won.sort(key=lambda one: -one[0])
+    shown = [won[0][1], *(text.replace(" cells", "") for _, text in won[1:])]
+    return f"ASIO (the mirror) beats internal mappings on this host in {', '.join(shown)}."
+
+
+def _what_decides(curves: Sequence[Curve]) -> str:
+    long = [curve for curve in curves if len(curve.points) >= FEWEST_SIZES]
+    found = [c.verdict for c in long if isinstance(c.verdict, Crossover)]
     if not found:
-        size = f"Size decides nothing: none of {len(curves)} curves has a crossover"
+        size = f"Size decides nothing: no crossover in {_n_curves(long)}"
     else:
+        seldom = "Size seldom decides: " if len(found) * 4 < len(long) else ""
         span = _span([verdict.bytes for verdict in found])
-        size = f"{len(found)} of {len(curves)} curves have a crossover, at {span}"
-        if len(found) * 4 < len(curves):
-            size = f"Size seldom decides: {size}"
-    shares = {
-        state: _share(points)
-        for state in STATES
-        if (points := [p for c in _in_state(curves, state) for p in c.points])
-    }
-    if len(shares) < 2:
-        return f"{size}."
-    most, least = max(shares, key=shares.__getitem__), min(shares, key=shares.__getitem__)
-    if shares[most] - shares[least] < _DECISIVE:
-        return f"{size}; nor does residency."
-    return (
-        f"{size}. Residency decides: internal mappings are faster in {shares[most]:.0%} of cells "
-        f"where it is {most}, in {shares[least]:.0%} where it is {least}."
-    )
+        size = f"{seldom}{len(found)} of {_n_curves(long)} cross, at {span}"
+    won = _won_by(ASKED_FOR, _points_in(curves, "warm"))
+    scattered = [p for p in won if p.cell.order == "scattered"]
+    text = f"{size} (a curve: one operation in one state, over all sizes)."
+    if len(scattered) >= max(_FEWEST_WINS, _MOSTLY * len(won)):
+        # All but a tenth of them.
+        least = sorted(p.cell.bytes for p in scattered)[len(scattered) // 10]
+        text += (
+            f" Both warm, {len(scattered)} of ASIO's {len(won)} wins are in scattered memory, "
+            f"mostly from {bytes_text(least)} on."
+        )
+    return text
 
 
-def _share(points: Sequence[CellVerdict]) -> float:
-    return sum(p.winner == p.pair[1] for p in points) / len(points)
+def _points_in(curves: Sequence[Curve], state: str) -> list[CellVerdict]:
+    return [point for curve in _in_state(curves, state) for point in curve.points]
+
+
+def _won_by(side: str, points: Sequence[CellVerdict]) -> list[CellVerdict]:
+    return [point for point in points if point.winner == side]
 
 
 def _in_state(curves: Sequence[Curve], state: str) -> list[Curve]:
@@ -136,95 +160,86 @@ def _in_state(curves: Sequence[Curve], state: str) -> list[Curve]:
 
 
 def _state_line(state: str, curves: Sequence[Curve]) -> str:
-    here = _in_state(curves, state)
-    if not here:
-        return f"{STATES[state]}: not measured."
-    points = [point for curve in here for point in curve.points]
+    title, _ = STATES[state]
+    points = _points_in(curves, state)
+    if not points:
+        return f"{title}: not measured."
     parts = []
-    for name, side in (("internal mappings", "internal"), ("the mirror", ASKED_FOR)):
-        won = [p.ratio if side == "internal" else 1 / p.ratio for p in points if p.winner == side]
+    for name, side in (("internal mappings", INTERNAL), ("ASIO", ASKED_FOR)):
+        won = [max(p.ratio, 1 / p.ratio) for p in _won_by(side, points)]
         if won:
-            by = f"{ratio_text(min(won))} to {ratio_text(max(won))} times"
-            parts.append(f"{name} faster in {len(won)} ({by})")
-    undecided = sum(p.winner is None for p in points)
-    if undecided:
-        parts.append(f"no difference to be told in {undecided}")
-    return f"{STATES[state]}, {len(points)} cells: {', '.join(parts)}; {_curves_text(here)}."
+            parts.append((len(won), f"{name} faster in {len(won)} ({_times(min(won), max(won))})"))
+    if undecided := sum(p.winner is None for p in points):
+        parts.append((undecided, f"undecided {undecided}"))
+    parts.sort(key=lambda part: -part[0])
+    said = ", ".join(text for _, text in parts)
+    return f"{title}, {len(points)} cells: {said}; {_curves_text(_in_state(curves, state))}."
+
+
+def _times(low: float, high: float) -> str:
+    a, b = ratio_text(low), ratio_text(high)
+    return f"{a}x" if a == b else f"{a}-{b}x"
 
 
 def _curves_text(curves: Sequence[Curve]) -> str:
-    found = [(c, c.verdict) for c in curves if isinstance(c.verdict, Crossover)]
-    parity = [c.verdict.bytes for c in curves if isinstance(c.verdict, Parity)]
-    parts = []
-    if parity:
-        parts.append(f"within 5 % from {_span(parity)} on in {_n_curves(parity)}")
+    long = [curve for curve in curves if len(curve.points) >= FEWEST_SIZES]
+    found = [(c.verdict.regret, c, c.verdict) for c in long if isinstance(c.verdict, Crossover)]
     if not found:
-        return ", ".join([f"no crossover in {_n_curves(curves)}", *parts])
-    shown = "; ".join(_crossover_text(*one) for one in found[:_SHOWN])
-    more = f"; {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    crossings = f"crossovers in {len(found)} of {len(curves)} curves ({shown}{more})"
-    return ", ".join([crossings, *parts])
+        parity = [c.verdict.bytes for c in long if isinstance(c.verdict, Parity)]
+        equal = f", within 5 % from {_span(parity)} on in {len(parity)}" if parity else ""
+        return f"no crossover in {_n_curves(long)}{equal}"
+    _, curve, verdict = max(found, key=lambda one: one[0])
+    example = _crossover_text(curve, verdict)
+    if len(found) == 1:
+        return f"1 of {_n_curves(long)} crosses: {example}"
+    return f"{len(found)} of {_n_curves(long)} cross, as {example}"
 
 
 def _crossover_text(curve: Curve, verdict: Crossover) -> str:
-    interval = f"[{bytes_text(verdict.low)}, {bytes_text(verdict.high)}]"
+    above = "ASIO" if verdict.above == ASKED_FOR else "internal"
     return (
-        f"{_name(curve)}: {bytes_text(verdict.bytes)} {interval}, {verdict.above} above, "
+        f"{_name(curve)}: {bytes_text(verdict.bytes)} "
+        f"[{bytes_text(verdict.low)}, {bytes_text(verdict.high)}], {above} above, "
         f"probability {verdict.probability:.2f}, 4x wrong costs {verdict.regret:.0%}"
     )
 
 
 def _threshold_line(n_bytes: int, what: str, judgements: Sequence[Judgement]) -> str:
     here = [j for j in judgements if j.bytes == n_bytes and j.curve.pair[0] == ASKED_FOR]
-    title = f"gVisor's {bytes_text(n_bytes)} ({what}: ASIO below it)"
+    title = f"gVisor's {bytes_text(n_bytes)} ({what}, ASIO below it)"
     if not here:
         return f"{title}: not judged, no curve has sizes on both sides of it."
     warm = [j for j in here if j.curve.dim("residency") == "warm"]
     rest = [j for j in here if j.curve.dim("residency") != "warm"]
-    parts = [_judged("warm", warm), _judged("otherwise", rest)]
-    return f"{title}: {'; '.join(part for part in parts if part)}."
+    parts = [_judged("both warm", warm), _judged("otherwise", rest)]
+    return f"{title} costs over 5 %: {'; '.join(part for part in parts if part)}."
 
 
 def _judged(label: str, judgements: Sequence[Judgement]) -> str:
     if not judgements:
         return ""
-    harmless = [j for j in judgements if j.verdict == HARMLESS]
+    harmless = sum(j.verdict == HARMLESS for j in judgements)
     costly = [j for j in judgements if j.verdict == COSTLY]
-    parts = []
-    if harmless:
-        parts.append(f"costs at most 5 % in {len(harmless)}")
+    unknown = len(judgements) - harmless - len(costly)
+    text = f"{label} in {len(costly)} of {_n_curves(judgements)}"
     if costly:
         worst = max(costly, key=lambda j: j.low)
-        lost = interval_text(1 + worst.low, 1 + worst.high)
-        best = _best(worst)
-        parts.append(
-            f"is wrong in {len(costly)}, worst {lost} times slower at {bytes_text(worst.at_bytes)} "
-            f"({_name(worst.curve)}; best there: {best})"
-        )
-    if unknown := len(judgements) - len(harmless) - len(costly):
-        parts.append(f"not known in {unknown}")
-    return f"{label}, of {_n_curves(judgements)} it {', '.join(parts)}"
+        lost = _times(1 + worst.low, 1 + worst.high)
+        operation, n_bytes = worst.curve.dim("operation"), bytes_text(worst.at_bytes)
+        text += f" (at worst {lost}: {operation}, {n_bytes}; best {_best(worst)})"
+    if harmless:
+        text += f", not in {harmless}"
+    if unknown:
+        text += f", open in {unknown}"
+    return text
 
 
 def _best(judgement: Judgement) -> str:
     if judgement.best_bytes == 0:
-        return "internal mappings always"
+        return "internal always"
     if math.isinf(judgement.best_bytes):
         return "ASIO always"
     return f"ASIO below {bytes_text(judgement.best_bytes)}"
-
-
-def _unsaid(noise: Noise) -> str:
-    below = f"differences below {noise.smallest:.1%}" if math.isfinite(noise.smallest) else ""
-    if len(noise.smallest_of) > 1:
-        finite = [value for value in noise.smallest_of.values() if math.isfinite(value)]
-        if finite:
-            below = f"differences below {min(finite):.1%} to {max(finite):.1%} (by residency)"
-    noise_text = f"{below}, which is noise (A/A), nor " if below else ""
-    return (
-        f"Not said here: {noise_text}anything of other hosts. Bare metal, other kinds of KVM, "
-        "other CPUs, NUMA, and a guest that runs meanwhile: not known."
-    )
 
 
 def _n_curves(some: Sequence[object]) -> str:

@@ -164,7 +164,7 @@ def _tell_results(folders: Sequence[Path], out: Path) -> None:
         if len(folders) > 1:
             from kvmmm.bench.crossover import compare
 
-            lines = [compare.main(folders, out)]
+            lines = [compare.main(folders, out).text]
     except KvmmmError as e:
         click.echo(f"no report: {e}", err=True)
     for line in lines:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _END_S = 30.0
 _TAIL_BYTES = 2000
+_LINES_SHOWN = 3
 _PROBLEMS_SHOWN = 300
 
 _running: dict[str, list[subprocess.Popen[bytes]]] = {}
@@ -100,10 +101,12 @@ def _only_one(identity: str) -> Iterator[None]:
 
 
 def _run(token: str, command: Sequence[str], said: IO[bytes], seconds: float) -> str:
-    # A session of its own: a Ctrl-C in the worker's terminal is the worker's affair.
+    # A session of its own: a Ctrl-C in the worker's terminal is the worker's affair. Its answer is
+    # made anew where the results go; what went wrong is not in it.
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
-    )
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
+        start_new_session=True,
+    )  # fmt: skip
     _running.setdefault(token, []).append(process)
     is_late = False
     try:
@@ -121,7 +124,8 @@ def _run(token: str, command: Sequence[str], said: IO[bytes], seconds: float) ->
         return "" if process.returncode == 0 else "interrupted"
     said.seek(0, os.SEEK_END)
     said.seek(max(said.tell() - _TAIL_BYTES, 0))
-    last = said.read().decode(errors="replace").strip()[-_PROBLEMS_SHOWN:]
+    lines = said.read().decode(errors="replace").strip().splitlines()
+    last = "; ".join(lines[-_LINES_SHOWN:])[-_PROBLEMS_SHOWN:]
     return f"it ended with {process.returncode}: {last}"
 
 

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from rich.console import Console
 
-    from kvmmm.bench.crossover.sweep import Outcome, Progress
+    from kvmmm.bench.crossover.sweep import Outcome
 
 EXIT_INTERRUPTED = 130
-EXIT_INCOMPLETE = 1
+EXIT_FAILED = 1
 _ERRORS_SHOWN = 8
 _FEWEST = 2
-_SHOW_EVERY_S = 0.2
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -56,7 +55,12 @@ def crossover(
 @click.command("compare")
 @click.argument("folders", metavar="A B...", nargs=-1, required=True, type=_FOLDER)
 @click.option("--out", metavar="DIR", type=_FOLDER, help="Where the comparing page goes.")
-def compare(folders: Sequence[Path], out: Path | None) -> None:
+@click.option(
+    "--agree", is_flag=True,
+    help="Exit with 1 unless the others agree with the first: the intervals of every crossover "
+    "that both state overlap, and no cell is won by more than 10 % by different sides.",
+)  # fmt: skip
+def compare(folders: Sequence[Path], out: Path | None, *, agree: bool) -> None:
     """Put several sweeps side by side (hosts, or commits), and say what differs beyond noise."""
     from kvmmm.bench.crossover.finish import module_of
 
@@ -65,7 +69,10 @@ def compare(folders: Sequence[Path], out: Path | None) -> None:
     module = module_of("compare")
     if module is None:
         raise click.UsageError("this kvmmm has no compare")
-    click.echo(module.main(list(folders), out))
+    compared = module.main(list(folders), out)
+    click.echo(compared.text)
+    if agree and not compared.agree:
+        raise SystemExit(EXIT_FAILED)
 
 
 def _elsewhere(module_name: str, *args: object) -> int:
@@ -86,15 +93,22 @@ def _elsewhere(module_name: str, *args: object) -> int:
 def _sweep(mode: str, folder: Path, *, resume: bool, seed: int | None) -> int:
     from rich.console import Console
 
-    from kvmmm.bench.crossover.plan import plan_of
+    from kvmmm.bench.crossover.plan import estimate_s, plan_of
     from kvmmm.bench.crossover.pool import offers_huge_pages
     from kvmmm.bench.crossover.record import ResultsError
     from kvmmm.bench.crossover.sweep import SweepError, run
+    from kvmmm.bench.progress import progress_bar
 
     err = Console(stderr=True)
     plan = plan_of(mode, huge_pages=offers_huge_pages())
+    if plan.seconds is None:
+        hours = estimate_s(plan) / 3600
+        err.print(
+            f"{len(plan.cells)} cells, about {hours:.1f} hours; Ctrl-C keeps what is done",
+            highlight=False,
+        )
     try:
-        with _bar(err) as progress:
+        with progress_bar(err, "crossover") as progress:
             outcome = run(plan, folder, seed=seed, resume=resume, progress=progress)
     except (SweepError, ResultsError) as e:
         raise click.UsageError(str(e)) from e
@@ -102,7 +116,7 @@ def _sweep(mode: str, folder: Path, *, resume: bool, seed: int | None) -> int:
     if outcome.interrupted:
         return EXIT_INTERRUPTED
     _conclude(folder, err)
-    return 0 if outcome.complete else EXIT_INCOMPLETE
+    return 0 if outcome.complete else EXIT_FAILED
 
 
 def _tell(outcome: Outcome, folder: Path, err: Console) -> None:
@@ -126,43 +140,3 @@ def _conclude(folder: Path, err: Console) -> None:
         conclude(folder, click.echo)
     except MissingExtraError as e:
         err.print(f"no answer: {e}", markup=False, soft_wrap=True)
-
-
-def _bar(err: Console) -> Any:  # noqa: ANN401 - a context manager that gives a Progress
-    from contextlib import contextmanager
-
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
-    from rich.progress import Progress as RichProgress
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-        TextColumn("{task.fields[left]} left"),
-    )  # fmt: skip
-
-    @contextmanager
-    def shown() -> Iterator[Progress]:
-        # Drawn when something comes in, and seldom: the workers have the CPUs.
-        with RichProgress(*columns, console=err, transient=True, auto_refresh=False) as bar:
-            task = bar.add_task("crossover", total=1.0, left="?")
-            last = 0.0
-
-            def show(done: float, left: float | None, text: str) -> None:
-                nonlocal last
-                now = time.monotonic()
-                if now - last < _SHOW_EVERY_S:
-                    return
-                last = now
-                bar.update(task, completed=done, description=text, left=_duration(left))
-                bar.refresh()
-
-            yield show
-
-    return shown()
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -8,6 +8,7 @@ The first run is what the others are compared with. Two ratios of one cell and p
   any difference, one is named anywhere with a probability of about 1 % (`statistics.FAMILY_WISE`).
 
 Ratios only. Times of different runs were never taken side by side, so nothing is claimed of them.
+Whether two runs of one host agree is another question: `agreement.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvmmm.bench.crossover.agreement import CLEARLY, agreement_of
 from kvmmm.bench.crossover.record import read_results
 from kvmmm.bench.crossover.report import words
 from kvmmm.bench.crossover.statistics import FEWEST_PROCESSES, analyse, holm
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
     from kvmmm.bench.crossover.verdicts import Analysis, CellVerdict, Curve
 
 TEXT_NAME, PAGE_NAME = "compare.txt", "compare.html"
-CLEARLY = 1.1
-"""A cell is won clearly by this factor; two runs that agree do not contradict each other so."""
-
 Key = tuple[str, ...]
 
 
@@ -101,15 +100,24 @@ class Comparison(NamedTuple):
     doubts: list[str]
 
 
-def main(folders: Sequence[Path], out: Path | None = None) -> str:
+class Compared(NamedTuple):
+    """What a comparison says.
+
+    Attributes:
+        text: Lines to show.
+        agree: Whether each of the runs agrees with the first.
+    """
+
+    text: str
+    agree: bool
+
+
+def main(folders: Sequence[Path], out: Path | None = None) -> Compared:
     """Compare runs; write compare.txt and compare.html into `out`, unless it is None.
 
     Args:
         folders: Of two runs or more; the first is what the others are compared with.
         out: A folder; made where there is none.
-
-    Returns:
-        The text.
 
     Raises:
         CompareError: There are fewer than two, or they have no cell in common.
@@ -128,7 +136,7 @@ def main(folders: Sequence[Path], out: Path | None = None) -> str:
         out.mkdir(parents=True, exist_ok=True)
         (out / TEXT_NAME).write_text(text, encoding="utf-8")
         (out / PAGE_NAME).write_text(compare_page(runs, comparisons, text), encoding="utf-8")
-    return text
+    return Compared(text, all(agreement_of(one).holds for one in comparisons))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

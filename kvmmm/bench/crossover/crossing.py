@@ -25,9 +25,11 @@ PARITY = 1.05
 LEAST_REGRET = 0.05
 """Where being wrong costs less, there is nothing to decide."""
 LEAST_PROBABILITY = 0.95
+_FEWEST_EQUAL = 2  # one size alone does not stay
 _WRONG_BY = math.log(4)
 _WIDEST = math.log(16)
-_FEWEST_SIZES = 3
+FEWEST_SIZES = 3
+"""What a curve needs at least to have a crossover."""
 _FINE = 8
 
 
@@ -103,8 +105,9 @@ def verdict_of(points: Points, pair: tuple[str, str]) -> Verdict:
         points: It.
         pair: The sides: log ratios below 0 mean that the first is faster.
     """
-    if len(points.sizes) < _FEWEST_SIZES:
-        return NoThreshold(f"only {len(points.sizes)} sizes were measured")
+    if len(points.sizes) < FEWEST_SIZES:
+        n = len(points.sizes)
+        return NoThreshold(f"only {n} size{'s were' if n > 1 else ' was'} measured")
     doubtless = [sign for sign in points.signs if sign]
     changes = sum(a != b for a, b in itertools.pairwise(doubtless))
     if not changes:
@@ -124,10 +127,11 @@ def _without_change(points: Points, pair: tuple[str, str]) -> Parity | NoThresho
             return NoThreshold("the same at every size, within 5 %")
         return NoThreshold("no difference beyond noise at any size")
     winner = _winner(points.signs[decided[0]], pair)
-    if n_apart < len(equal) and decided[0] < n_apart:
+    if n_apart <= len(equal) - _FEWEST_EQUAL and decided[0] < n_apart:
         return Parity(points.sizes[n_apart], winner)
     margins = [math.expm1(abs(points.centre[i])) for i in decided]
-    by = f"by {_percent(min(margins))} to {_percent(max(margins))}"
+    least, most = _percent(min(margins)), _percent(max(margins))
+    by = f"by {least}" if least == most else f"by {least} to {most}"
     if len(decided) == len(points.sizes):
         return NoThreshold(f"{winner} wins at every size, {by}")
     return NoThreshold(
@@ -233,4 +237,4 @@ def _winner(sign: int, pair: tuple[str, str]) -> str:
 
 
 def _percent(fraction: float) -> str:
-    return f"{fraction * 100:.2g} %" if fraction < 1 else f"{fraction + 1:.3g}x"
+    return f"{fraction * 100:.2g} %" if fraction < 0.995 else f"{fraction + 1:.3g}x"

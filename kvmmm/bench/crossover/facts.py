@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -19,6 +20,15 @@ _STEAL = 8
 
 def host_facts() -> dict[str, Any]:
     """Return facts by name; None for what cannot be found out."""
+    return _lasting_facts() | {
+        "load": [round(x, 2) for x in os.getloadavg()],
+        "steal_ticks": _steal_ticks(),
+    }
+
+
+@functools.cache
+def _lasting_facts() -> dict[str, Any]:
+    # Guests are run for some of them, which takes seconds: once a process. Many sweeps ask.
     facts = host_record()
     facts.pop("date", None)
     facts.pop("kvmmm", None)
@@ -34,8 +44,6 @@ def host_facts() -> dict[str, Any]:
         "mitigations": _mitigations(),
         "max_map_count": _number("/proc/sys/vm/max_map_count"),
         "hypervisor": "hypervisor" in (_cpuinfo("flags") or "").split(),
-        "load": [round(x, 2) for x in os.getloadavg()],
-        "steal_ticks": _steal_ticks(),
     }
 
 

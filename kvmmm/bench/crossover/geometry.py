@@ -3,7 +3,8 @@
     contiguous    256 MiB in N segments, in reverse order: each one piece, no two of them adjacent
     scattered     N single pages, anywhere
 
-Neighbours in the guest are never neighbours in the arena, or they would be merged.
+Neighbours in the guest are never neighbours in the arena, or they would be merged. Where frames are
+2 MiB pages, segments that are longer are multiples of that: so the mirror may have such pages, too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import random
 from itertools import pairwise
 from typing import NamedTuple
 
-from kvmmm.hostarch.addr import PAGE_BYTES
+from kvmmm.hostarch.addr import HUGE_PAGE_BYTES, PAGE_BYTES
 
 SPAN_BYTES = 256 << 20
 START = 4 << 20
@@ -46,27 +47,30 @@ class Geometry(NamedTuple):
         return [piece * n_pages + page for piece in self.order for page in range(n_pages)]
 
 
-def _pages_of(layout: str, order: str) -> int:
-    return 1 if order == SCATTERED else SPAN_BYTES // int(layout) // PAGE_BYTES
+def _segment_bytes(layout: str, order: str, page_bytes: int) -> int:
+    if order == SCATTERED:
+        return PAGE_BYTES
+    each = SPAN_BYTES // int(layout)
+    return each - each % (HUGE_PAGE_BYTES if each >= HUGE_PAGE_BYTES == page_bytes else PAGE_BYTES)
 
 
-def length_bytes(layout: str, order: str) -> int:
+def length_bytes(layout: str, order: str, page_bytes: int = PAGE_BYTES) -> int:
     """Return how much guest memory a layout has."""
-    return int(layout) * _pages_of(layout, order) * PAGE_BYTES
+    return int(layout) * _segment_bytes(layout, order, page_bytes)
 
 
-def most_bytes(layout: str, order: str) -> int:
+def most_bytes(layout: str, order: str, page_bytes: int = PAGE_BYTES) -> int:
     """Return the largest copy that leaves a choice of places."""
-    return length_bytes(layout, order) // 4
+    return length_bytes(layout, order, page_bytes) // 4
 
 
-def geometry_of(layout: str, order: str) -> Geometry:
+def geometry_of(layout: str, order: str, page_bytes: int = PAGE_BYTES) -> Geometry:
     """Return the segments of a layout; the same in every process."""
     n = int(layout)
     pieces = list(range(n))
     if order != SCATTERED:
         pieces.reverse()
-        return Geometry(_pages_of(layout, order) * PAGE_BYTES, tuple(pieces))
+        return Geometry(_segment_bytes(layout, order, page_bytes), tuple(pieces))
     random.Random(n).shuffle(pieces)
     for at in range(1, n):
         if pieces[at] == pieces[at - 1] + 1:

@@ -6,6 +6,8 @@ is empty. So one state need not be made from the other by unmapping and mapping 
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +77,7 @@ class Ground:
 
     def __init__(self, pool: Pool, layout: str, order: str) -> None:
         self.pool = pool
-        self.geometry = geometry_of(layout, order)
+        self.geometry = geometry_of(layout, order, pool.page_bytes)
         n, first = self.geometry.segment_bytes, pool.frames.start
         self.offsets = ffi.new("uint64_t[]", [first + at * n for at in self.geometry.order])
         self._warm: MemoryManager | None = None
@@ -125,6 +127,15 @@ class Ground:
         mm.populate(START, length_bytes)
         if len(mm.pmas) != len(geometry.order):
             raise GroundError(f"{len(mm.pmas)} pmas for {len(geometry.order)} segments")
+
+    def pieces(self, addr: int, n_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield where in the arena [addr, addr + n_bytes) lies: offset and length of each piece."""
+        n, end = self.geometry.segment_bytes, addr + n_bytes
+        while addr < end:
+            index, within = divmod(addr - START, n)
+            length_bytes = min(n - within, end - addr)
+            yield int(self.offsets[index]) + within, length_bytes
+            addr += length_bytes
 
     def close(self) -> None:
         """Close both; the frames stay with the pool."""
@@ -184,10 +195,21 @@ class Fresh:
 
     def __init__(self) -> None:
         self.arena = Arena(SPAN_BYTES, debug=False)
-        self.mm = MemoryManager(
-            self.arena, TableSpace(self.arena, START + SPAN_BYTES),
-            policy=_policy(),
-        )  # fmt: skip
+        space = TableSpace(self.arena, START + SPAN_BYTES)
+        self.mm = MemoryManager(self.arena, space, policy=_policy())
+        self._tables = space.frames
+
+    def verify(self, low: int, high: int) -> None:
+        """Make sure that nothing backs [low, high), and that no frame it may be given has memory.
+
+        Raises:
+            GroundError: It does; or has.
+        """
+        if any(self.mm.pmas.segments(low, high)) or self.mm.frames(low, high):
+            raise GroundError("memory that was just mapped is backed")
+        fd, tables = self.arena.fd, self._tables
+        if 0 <= _next_data(fd, 0) < tables.start or _next_data(fd, tables.end) >= 0:
+            raise GroundError("frames that nobody uses have memory")
 
     def close(self) -> None:
         """Close both."""
@@ -199,6 +221,16 @@ def _policy() -> Policy:
     # Vectored copies through the address space always go by way of a buffer: where that ceases to
     # be better is what is asked.
     return Policy(source="bench", mirror_vmas=_MIRROR_VMAS, bounce_max_bytes=_ALL_BYTES)
+
+
+def _next_data(fd: int, fo: int) -> int:
+    # Where a file has memory, from an offset on; -1: nowhere.
+    try:
+        return os.lseek(fd, fo, os.SEEK_DATA)
+    except OSError as e:
+        if e.errno != errno.ENXIO:
+            raise
+        return -1
 
 
 def _count_maps() -> int:

@@ -28,8 +28,10 @@ HOT, SPREAD = "hot", "spread"
 C, PYTHON = "c", "python"
 ONE, TEN, THOUSAND = ("1", "contiguous"), ("10", "contiguous"), ("1000", "contiguous")
 PAGES_1000, PAGES_60000 = ("1000", "scattered"), ("60000", "scattered")
-ALL_LAYOUTS = (ONE, TEN, THOUSAND, ("10", "scattered"), PAGES_1000, PAGES_60000)
+SHORT_60000 = ("60000", "contiguous")  # a page each, the last one first
+ALL_LAYOUTS = (ONE, TEN, THOUSAND, SHORT_60000, ("10", "scattered"), PAGES_1000, PAGES_60000)
 
+USUAL_PROCESSES = 5
 KIB, MIB = 1 << 10, 1 << 20
 GVISOR_BYTES = (512, 32 * KIB)
 """Where gVisor switches: vectored copies, and others. Every list of sizes has them."""
@@ -38,8 +40,12 @@ GVISOR_BYTES = (512, 32 * KIB)
 _CELL_NS = 4_000_000
 _EVERY_MOST = 5
 _MIRRORED_MOST_BYTES = 2 << 20
+_MANY = (PAGES_60000, SHORT_60000)
 _NS_PER_BYTE = 1.0  # four variants, each with its warm-up, at 8 GB/s
 _COLD_NS_PER_BYTE = 6.0  # page faults, and their undoing
+# A cell's round, verification and all: ns, and ns a byte; cold and warm. Before anything is timed.
+_TAKES = ((0.6e6, 8.0), (0.8e6, 2.7))
+_START_S = 3.0
 
 
 def sizes(first: int, last: int, factor: int) -> list[int]:
@@ -66,7 +72,7 @@ class Plan(NamedTuple):
     cells: Sequence[Cell]
     seconds: float | None
     rounds: int
-    n_processes: int = 5
+    n_processes: int = USUAL_PROCESSES
 
 
 class _Block(NamedTuple):
@@ -131,7 +137,10 @@ _SELF_CHECK = (_Block(("copy_in",), sizes(8, 256 * KIB, 2), (ONE,), (WARM,), (HO
 _BLOCKS = {QUICK: _QUICK, DEFAULT: _DEFAULT, FULL: _FULL, SELF_CHECK: _SELF_CHECK}
 # What is left of 60 s, and of 10 minutes, is for the analysis and the report.
 _SECONDS = {QUICK: 48.0, DEFAULT: 520.0, FULL: None, SELF_CHECK: 22.0}
-_ROUNDS = {QUICK: 41, DEFAULT: 41, FULL: 41, SELF_CHECK: 41}
+_ROUNDS = {QUICK: 41, DEFAULT: 26, FULL: 41, SELF_CHECK: 41}
+# How much processes differ is the more surely known the more there are: with eight, and as many
+# rounds in all, more of what lies beyond the noise may be said than with five.
+_PROCESSES = {QUICK: USUAL_PROCESSES, DEFAULT: 8, FULL: USUAL_PROCESSES}
 
 
 def plan_of(mode: str, *, huge_pages: bool = False) -> Plan:
@@ -146,23 +155,48 @@ def plan_of(mode: str, *, huge_pages: bool = False) -> Plan:
         blocks.append((_HUGE[mode], HUGE_PAGE_BYTES))
     found = dict.fromkeys(itertools.chain(*(_cells_of(block, page) for block, page in blocks)))
     cells = [cell._replace(id=f"c{number}") for number, cell in enumerate(found)]
-    return Plan(mode, cells, _SECONDS[mode], _ROUNDS[mode])
+    return Plan(mode, cells, _SECONDS[mode], _ROUNDS[mode], _PROCESSES.get(mode, USUAL_PROCESSES))
 
 
 def _cells_of(block: _Block, page_bytes: int) -> Iterator[Cell]:
     for operation, bytes_, layout, residency, locality, caller in itertools.product(
         block.operations, block.sizes, block.layouts, block.residency, block.locality, block.callers
     ):
-        if bytes_ > most_bytes(*layout) or (operation in WORDS) != (bytes_ == WORD_BYTES):
+        if (operation in WORDS) != (bytes_ == WORD_BYTES):
+            continue
+        if bytes_ > most_bytes(*layout, page_bytes):
             continue
         # What is made cold was somewhere else before: nothing of it is in a cache.
         if residency != WARM and locality == HOT:
             continue
         # Each page that is mirrored anew is a VMA, and a full mirror has most of what there are.
         is_mirror_cold = residency in {MIRROR_COLD, COLD}
-        if is_mirror_cold and layout == PAGES_60000 and bytes_ > _MIRRORED_MOST_BYTES:
+        if is_mirror_cold and layout in _MANY and bytes_ > _MIRRORED_MOST_BYTES:
             continue
         yield Cell("", operation, bytes_, *layout, locality, residency, page_bytes, caller)
+
+
+def parts_of(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Return cells by who measures them: each part has processes of its own.
+
+    A process has not VMAs enough for the full mirrors of two layouts with a segment a page.
+    """
+    parts: dict[bool, list[Cell]] = {}
+    for cell in cells:
+        parts.setdefault((cell.layout, cell.order) == SHORT_60000, []).append(cell)
+    return list(parts.values())
+
+
+def estimate_s(plan: Plan) -> float:
+    """Return about how long a plan takes, by what cells took elsewhere; at most its budget."""
+    a_process = plan.rounds * sum(_cell_s(cell) / every(cell) for cell in plan.cells)
+    seconds = plan.n_processes * (a_process + _START_S * len(parts_of(plan.cells)))
+    return seconds if plan.seconds is None else min(seconds, plan.seconds)
+
+
+def _cell_s(cell: Cell) -> float:
+    round_ns, per_byte = _TAKES[cell.residency == WARM]
+    return (round_ns + per_byte * cell.bytes) / 1e9
 
 
 def every(cell: Cell) -> int:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import statistics
+from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
 from kvmmm.bench.crossover.geometry import START
-from kvmmm.bench.crossover.plan import HOT
+from kvmmm.bench.crossover.plan import ABSENT, HOT
 from kvmmm.bench.crossover.pool import GroundError
 from kvmmm.bench.crossover.record import INTERNAL, INTERNAL_AGAIN
 from kvmmm.hostarch.addr import PAGE_BYTES
+from kvmmm.mm.policy import DEFAULTS
 from kvmmm.safemem.ffi import address_of, ffi, lib
 
 if TYPE_CHECKING:
@@ -39,8 +41,16 @@ MECHANISMS = {
 """enum kvmmm_cross_mechanism, by variant."""
 VARIANTS = (INTERNAL, INTERNAL_AGAIN, "mirror", "walk")
 REFERENCES = ("process_vm", "file_io")
+REFERENCED = ("copy_in", "copy_out", "copy_out_from", "copy_in_to")
+"""Operations that have references."""
+NO_REFERENCES = {
+    "zero_out": "no system call of the two kinds clears memory; to write zeros is a copy_out",
+    "swap": "no system call changes a word atomically",
+    "cas": "no system call changes a word atomically",
+    "absent": "there are no frames yet, so nothing that a system call could be told",
+}
+"""Why the other operations, and a state, have none."""
 _PLANTED_VARIANTS = VARIANTS[:3]
-_BYTES_OPERATIONS = ("copy_in", "copy_out")
 
 SAMPLE_NS = 60_000
 N_MOST = 1024
@@ -49,6 +59,15 @@ N_COLD = 3
 _N_TRIES = 3
 _HOT_BYTES = 64 << 10
 _SCRATCH_FROM_BYTES = 16
+
+
+def method() -> dict[str, Any]:
+    """Return how is measured, for whoever reads results: constants, and what there is none of."""
+    return {
+        "sample_ns": SAMPLE_NS, "operations_most": N_MOST, "operations_cold": N_COLD,
+        "hot_bytes": _HOT_BYTES, "no_references": NO_REFERENCES,
+        "gil_released_from_bytes": DEFAULTS["release_bytes"],
+    }  # fmt: skip
 
 
 class Buffers:
@@ -73,7 +92,7 @@ class Buffers:
 def variants_of(cell: Cell) -> list[str]:
     """Return what a round of a cell measures."""
     found = list(VARIANTS)
-    if cell.operation in _BYTES_OPERATIONS:
+    if cell.operation in REFERENCED and cell.residency != ABSENT:
         found += REFERENCES
     return found
 
@@ -148,21 +167,34 @@ class Probe:
         return taken_ns
 
     def _warm(self, variant: str, shared_seed: int, own_seed: int) -> float:
-        n = self._n.get(variant)
-        if n is None:
-            n_first = first_length(self.cell.bytes)
-            self._place(n_first, shared_seed, own_seed)
-            self._run()
-            n = self._n[variant] = length_of(self._run() / n_first)
+        n = self._length(variant, shared_seed, own_seed)
         self._place(n, shared_seed, own_seed)
         self._state.verify(self._addrs[0], self.cell.bytes)
         if self.cell.locality == HOT:
             self._run()
         ns = self._run()
+        if self._x.n_maps:
+            raise GroundError(f"{self._x.n_maps} segments were not in the mirror")
         if self._x.n_faults:
             self._state.mend()
             raise GroundError(f"{variant} took {self._x.n_faults} page faults in resident memory")
         return max(ns - clock_ns(), 1) / n
+
+    def _length(self, variant: str, shared_seed: int, own_seed: int) -> int:
+        # The same for all mechanisms, or a sample of one would have more of the caches than of
+        # another. Not for what takes many times as long.
+        is_alone = variant in REFERENCES or (self._planted is not None and self._planted.costs)
+        key = variant if is_alone else INTERNAL
+        n = self._n.get(key)
+        if n is None:
+            mechanism = self._x.mechanism
+            self._x.mechanism = mechanism if is_alone else MECHANISMS[INTERNAL]
+            n_first = first_length(self.cell.bytes)
+            self._place(n_first, shared_seed, own_seed)
+            self._run()
+            n = self._n[key] = length_of(self._run() / n_first)
+            self._x.mechanism = mechanism
+        return n
 
     def _cold(self, variant: str, shared_seed: int, own_seed: int) -> float:
         found = []
@@ -177,6 +209,10 @@ class Probe:
         return statistics.median(found)
 
 
+spoiled: Counter[str] = Counter()
+"""Why `with_tries` has tried again, and how often: for the results' file."""
+
+
 def with_tries(measure: Callable[[int], float]) -> float:
     """Return what `measure(turn)` does, tried a few times: others can spoil a state.
 
@@ -186,8 +222,8 @@ def with_tries(measure: Callable[[int], float]) -> float:
     for turn in range(_N_TRIES - 1):
         try:
             return measure(turn << 32)
-        except GroundError:
-            pass
+        except GroundError as e:
+            spoiled[str(e)] += 1
     return measure(_N_TRIES << 32)
 
 

@@ -23,6 +23,8 @@ _GRACE_S = 3.0
 _POLL_S = 0.25
 _SILENCE_S = 60.0
 _STDERR_BYTES = 2000
+_LINE_BYTES = 1 << 20
+_SHOWN_BYTES = 80
 COMMAND = (sys.executable, "-m", "kvmmm.bench.crossover.worker")
 
 
@@ -56,18 +58,22 @@ class Worker:
         # What it does when it is told to end in time, and a little.
         self._deadline = job.deadline_s + (_GRACE_S if grace_s is None else grace_s)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
+        # Not by a pipe: who never reads it would keep us waiting.
+        told = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
         environment = {k: v for k, v in os.environ.items() if k != "KVMMM_DEBUG"}
         # A session of its own: Ctrl-C is the parent's.
-        self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
-        assert self._child.stdin is not None  # noqa: S101 - asked for
         try:
-            self._child.stdin.write(job.as_json().encode())
-            self._child.stdin.close()
-        except BrokenPipeError:
-            pass  # it has died: `lines` says why
+            told.write(job.as_json().encode())
+            told.seek(0)
+            self._child = subprocess.Popen(
+                command, stdin=told, stdout=subprocess.PIPE, stderr=self._errors,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
+        except OSError as e:
+            self._errors.close()
+            raise WorkerError(self._process, f"cannot be started: {e.strerror or e}") from e
+        finally:
+            told.close()
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +84,7 @@ class Worker:
     ) -> None:  # fmt: skip
         self._child.kill()
         self._child.wait()
-        for stream in (self._child.stdin, self._child.stdout, self._errors):
+        for stream in (self._child.stdout, self._errors):
             if stream is not None and not stream.closed:
                 stream.close()
 
@@ -110,16 +116,21 @@ class Worker:
                 *whole, pending = (pending + chunk).split(b"\n")
                 for line in whole:
                     yield self._parsed(line)
+                if len(pending) > _LINE_BYTES:
+                    raise self._wrote(pending)
         self._check_end()
 
     def _parsed(self, line: bytes) -> dict[str, Any]:
         try:
             fields = json.loads(line)
         except ValueError as e:
-            raise WorkerError(self._process, f"wrote {line[:80]!r}") from e
-        if not isinstance(fields, dict):
-            raise WorkerError(self._process, f"wrote {line[:80]!r}")
+            raise self._wrote(line) from e
+        if not isinstance(fields, dict) or not isinstance(fields.get("kind"), str):
+            raise self._wrote(line)
         return fields
+
+    def _wrote(self, line: bytes) -> WorkerError:
+        return WorkerError(self._process, f"wrote {line[:_SHOWN_BYTES]!r}")
 
     def _check_end(self) -> None:
         try:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from kvmmm.errors import KvmmmError
 
@@ -142,7 +144,10 @@ class Writer:
             torn_bytes = read_results(path).torn_bytes
             with path.open("r+b") as file:
                 file.truncate(path.stat().st_size - torn_bytes)
-        self._file: IO[str] = path.open("a" if append else "w", encoding="utf-8")
+        else:
+            path.write_bytes(b"")
+        # Each line is one write: whoever is killed, or interrupted, leaves whole lines.
+        self._file = path.open("ab", buffering=0)
 
     def __enter__(self) -> Self:
         return self
@@ -166,8 +171,17 @@ class Writer:
 
     def write_other(self, kind: str, **fields: Any) -> None:  # noqa: ANN401 - any JSON values
         """Write a line of some other kind."""
-        self._file.write(json.dumps({"kind": kind, **fields}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"kind": kind, **fields}, ensure_ascii=False).encode() + b"\n"
+        n_written = 0
+        try:
+            while n_written < len(line):
+                n_written += self._file.write(line[n_written:])
+        except OSError:
+            # The disk is full, maybe not for ever: half a line must not be what comes before more.
+            with suppress(OSError):
+                end = os.fstat(self._file.fileno()).st_size
+                os.ftruncate(self._file.fileno(), end - n_written)
+            raise
 
 
 _KINDS: dict[type, str] = {
@@ -184,6 +198,63 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "canary": {"process": int, "round": int, "ghz": _NUMBER, "steal_ticks": int},
     "footer": {"complete": bool, "seconds": _NUMBER},
 }  # fmt: skip
+
+
+class Conditions(NamedTuple):
+    """What the CPU did while all was measured.
+
+    Attributes:
+        ghz_low: So fast or slower it was in one round of 20.
+        ghz: And in the median.
+        ghz_high: And so fast or faster in one of 20.
+        stolen: Share of the time in which the hypervisor gave the CPU to others; nan: not known.
+    """
+
+    ghz_low: float
+    ghz: float
+    ghz_high: float
+    stolen: float
+
+    def __str__(self) -> str:
+        return (
+            f"CPU at {self.ghz:.2f} GHz ({self.ghz_low:.2f} to {self.ghz_high:.2f} in 9 rounds of "
+            f"10), {self.stolen:.1%} of its time taken by others".replace("%", " %")
+        )
+
+
+def conditions_of(results: Results) -> Conditions | None:
+    """Return what the canaries say; None where there are none."""
+    if not results.canaries:
+        return None
+    ghz = sorted(canary.ghz for canary in results.canaries)
+    last = len(ghz) - 1
+    seconds = results.footer.seconds if results.footer else math.nan
+    ticks = sum(canary.steal_ticks for canary in results.canaries)
+    return Conditions(
+        ghz[round(last * 0.05)], ghz[last // 2], ghz[round(last * 0.95)],
+        ticks / os.sysconf("SC_CLK_TCK") / seconds,
+    )  # fmt: skip
+
+
+def checked_fields(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a line of some kind, those that it must have.
+
+    Raises:
+        ValueError: One is missing, or is not what it should be.
+    """
+    checked: dict[str, Any] = {}
+    for name, type_ in _FIELDS[kind].items():
+        if name not in fields:
+            raise ValueError(f"a {kind} without {name}")
+        value = fields[name]
+        if not isinstance(value, type_) or (type_ is not bool and isinstance(value, bool)):
+            raise ValueError(f"{name} of a {kind} is {value!r}")
+        checked[name] = value
+    if kind == "sample":
+        for name, ns in checked["ns"].items():
+            if not isinstance(ns, _NUMBER) or not math.isfinite(ns):
+                raise ValueError(f"{name} took {ns!r} ns")
+    return checked
 
 
 def read_results(path: Path) -> Results:
@@ -250,15 +321,10 @@ class _Reading:
         return ResultsError(self.path, self.number, why)
 
     def _checked(self, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        checked = {}
-        for name, type_ in _FIELDS[kind].items():
-            if name not in fields:
-                raise self._error(f"a {kind} without {name}")
-            value = fields[name]
-            if not isinstance(value, type_) or (type_ is not bool and isinstance(value, bool)):
-                raise self._error(f"{name} of a {kind} is {value!r}")
-            checked[name] = value
-        return checked
+        try:
+            return checked_fields(kind, fields)
+        except ValueError as e:
+            raise self._error(str(e)) from e
 
     def _take_header(self, fields: Mapping[str, Any]) -> None:
         if (schema := fields.get("schema")) != SCHEMA:
@@ -276,10 +342,6 @@ class _Reading:
     def _take_sample(self, sample: Sample) -> None:
         if sample.cell not in self.cells:
             raise self._error(f"a sample of cell {sample.cell!r}, which is not described above")
-        times: Mapping[str, Any] = sample.ns
-        for name, ns in times.items():
-            if not isinstance(ns, _NUMBER) or not math.isfinite(ns):
-                raise self._error(f"{name} took {ns!r} ns")
         key = (sample.cell, sample.process, sample.round)
         if key in self._seen:
             raise self._error(f"round {key[2]} of cell {key[0]} in process {key[1]} a second time")

@@ -29,6 +29,9 @@ class TableSpace:
     Args:
         arena: Whose frames are mapped; of other files nothing is.
         max_addr: See `kvmmm.platform.base.AddressSpace`; the rest as well.
+
+    Attributes:
+        frames: Where the tables are.
     """
 
     map_unit_bytes = 0
@@ -39,11 +42,11 @@ class TableSpace:
     def __init__(self, arena: Arena, max_addr: int) -> None:
         self.max_addr = max_addr
         self._arena = arena
-        self._frames = arena.allocate(_N_TABLES * TABLE_BYTES)
+        self.frames = arena.allocate(_N_TABLES * TABLE_BYTES)
         # Not a view of the arena, which would have to be released before the arena is closed.
-        hva = ffi.cast("char *", arena.hva + self._frames.start)
-        tables = memoryview(ffi.buffer(hva, self._frames.length_bytes))
-        allocator = MemoryTableAllocator(_N_TABLES, self._frames.start, tables)
+        hva = ffi.cast("char *", arena.hva + self.frames.start)
+        tables = memoryview(ffi.buffer(hva, self.frames.length_bytes))
+        allocator = MemoryTableAllocator(_N_TABLES, self.frames.start, tables)
         self._tables = PageTables(allocator, live=False)
         self.walk = walk_of(self._tables, 0, arena.capacity_bytes, arena.hva)
 
@@ -70,4 +73,4 @@ class TableSpace:
         """Give the tables back."""
         self.walk.close()
         self._tables.release()
-        self._arena.dec_ref(self._frames)
+        self._arena.dec_ref(self.frames)

@@ -14,14 +14,14 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, Self, cast
 
 from kvmmm.bench.crossover.calls import Calls, FreshCalls
 from kvmmm.bench.crossover.ground import Fresh, Ground
 from kvmmm.bench.crossover.plan import ABSENT, PYTHON, due
 from kvmmm.bench.crossover.planted import Planted
 from kvmmm.bench.crossover.pool import Pool
-from kvmmm.bench.crossover.probes import REFERENCES, Buffers, Probe
+from kvmmm.bench.crossover.probes import REFERENCES, Buffers, Probe, spoiled
 from kvmmm.bench.crossover.record import Cell
 from kvmmm.bench.crossover.states import Pagemap, State
 from kvmmm.bench.runner import pinned
@@ -29,10 +29,11 @@ from kvmmm.errors import KvmmmError
 from kvmmm.safemem.ffi import lib
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _CANARY_ADDS = 40_000
 _ERRORS_MOST = 3
+_SPOILED_MOST = 20
 _REFERENCES_EVERY = 4
 _STEAL = 8
 """Field of a cpu line in /proc/stat, proc(5)."""
@@ -81,6 +82,13 @@ class Probing(Protocol):
 
     def sample(self, variant: str, shared_seed: int, own_seed: int) -> float:
         """Return ns an operation."""
+
+
+class Measurable(Protocol):
+    """What a process measures."""
+
+    def probe(self, cell: Cell, planted: Planted | None) -> Probing:
+        """Return what measures a cell."""
 
 
 class Memory:
@@ -142,7 +150,7 @@ class Rounds:
         memory: What is measured; made for the cells of the job.
     """
 
-    def __init__(self, job: Job, out: IO[str], memory: Memory) -> None:
+    def __init__(self, job: Job, out: IO[str], memory: Measurable) -> None:
         self._job = job
         self._memory = memory
         self._out = out
@@ -166,7 +174,7 @@ class Rounds:
             )
             steal = now
             gc.collect(0)
-        self._write("ended", process=job.process)
+        self._write("ended", process=job.process, spoiled=dict(spoiled.most_common(_SPOILED_MOST)))
 
     def _open(self, cell: Cell) -> None:
         if time.monotonic() > self._job.deadline_s:
@@ -229,8 +237,12 @@ def _steal_ticks(cpu: int) -> int:
     return 0
 
 
-def main() -> None:
-    """Do the job on stdin."""
+def work(memory_for: Callable[[Sequence[Cell]], Measurable]) -> NoReturn:
+    """Do the job on stdin.
+
+    Args:
+        memory_for: Makes what is measured, of the job's cells.
+    """
     job = Job.from_json(sys.stdin.read())
     # What prints must not come between the lines.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -239,11 +251,11 @@ def main() -> None:
         gc.collect()
         gc.freeze()
         gc.disable()
-        Rounds(job, out, Memory(job.cells)).run(cpu)
+        Rounds(job, out, memory_for(job.cells)).run(cpu)
     out.close()
-    # All memory goes with the process, in less time than piece by piece.
+    # All memory, and guests, go with the process, in less time than piece by piece.
     os._exit(0)
 
 
 if __name__ == "__main__":
-    main()
+    work(Memory)

@@ -11,6 +11,23 @@ import sys
 import time
 from typing import Any
 
+_SAMPLE = '{"kind": "sample", "cell": %s, "process": %s, "round": %s, "ns": {"internal": %s}}\n'
+GARBAGE = {
+    "babbles": "hello\n",
+    "lists": "[]\n",
+    "is kindless": '{"cell": "c0"}\n',
+    "invents": _SAMPLE % ('"c9"', 0, 2, 1),
+    "repeats": _SAMPLE % ('"c0"', 0, 1, 1),
+    "impersonates": _SAMPLE % ('"c0"', 7, 2, 1),
+    "runs ahead": _SAMPLE % ('"c0"', 0, 99, 1),
+    "divides by zero": _SAMPLE % ('"c0"', 0, 2, "NaN"),
+    "says words": _SAMPLE % ('"c0"', 0, 2, '"quick"'),
+    "sings": '{"kind": "canary", "process": 0, "round": 1}\n',
+    "sighs": '{"kind": "error", "process": 0}\n',
+    "drones": "x" * (3 << 20),
+}
+"""What no worker writes; the sweep must neither keep it nor end by it."""
+
 
 def say(kind: str, **fields: object) -> None:
     sys.stdout.write(json.dumps({"kind": kind, **fields}) + "\n")
@@ -24,8 +41,8 @@ def fail(kind: str) -> None:
         os.kill(os.getpid(), 9)
     if kind == "hangs":
         time.sleep(100)
-    if kind == "babbles":
-        sys.stdout.write("hello\n")
+    if kind in GARBAGE:
+        sys.stdout.write(GARBAGE[kind])
         sys.stdout.flush()
 
 
@@ -48,6 +65,8 @@ def main() -> None:
     kind = sys.argv[1]
     if kind == "deaf":
         sys.exit(3)
+    if kind == "asleep":
+        time.sleep(100)
     job = json.loads(sys.stdin.read())
     say("ready", process=job["process"])
     if kind == "silent":

@@ -38,12 +38,16 @@ class Simulated:
             all cells.
         round_sd: Of a round's effect on one measurement; a tenth of them is five times as bad, and
             one in fifty is hit by an interruption.
+        drift: How far a variant wanders from a process's first round to its last (a standard
+            deviation).
+        sticky: How much of a round's effect the next round has, too: 0 to 1.
     """
 
     def __init__(
         self, ns: Callable[[Cell, str], float], *, seed: int, process_sd: float = 0.02,
         round_sd: float = 0.01, processes: int = 5, rounds: int = 15,
-        variants: Sequence[str] = ("mirror",), varied: bool = True,
+        variants: Sequence[str] = ("mirror",), varied: bool = True, drift: float = 0.0,
+        sticky: float = 0.0,
     ) -> None:  # fmt: skip
         import numpy as np
 
@@ -55,6 +59,8 @@ class Simulated:
         self.rounds = rounds
         self.variants = variants
         self.varied = varied
+        self.drift = drift
+        self.sticky = sticky
 
     def results(self, cells: Sequence[Cell], *, complete: bool = True) -> Results:
         samples = []
@@ -114,7 +120,15 @@ class Simulated:
 
         sd = self.round_sd * scale * np.where(self.random.random(shape) < 0.1, 5, 1)
         hit = np.where(self.random.random(shape) < 0.02, self.random.exponential(1, shape), 0)
-        return np.asarray(np.exp(self.random.normal(0, 1, shape) * sd + hit))
+        rounds = self.random.normal(0, 1, shape)
+        for i in range(1, shape[1] if self.sticky else 0):
+            rounds[:, i] *= (1 - self.sticky**2) ** 0.5
+            rounds[:, i] += self.sticky * rounds[:, i - 1]
+        noise = np.exp(rounds * sd + hit)
+        if self.drift:
+            slope = self.random.normal(0, self.drift * scale, (shape[0], 1))
+            noise *= np.exp(slope * np.linspace(-0.5, 0.5, shape[1]))
+        return np.asarray(noise)
 
 
 def merged(samples: Sequence[Sample]) -> list[Sample]:

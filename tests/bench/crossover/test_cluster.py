@@ -43,8 +43,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 
 @needs_distributed
-def test_workers_of_one_host_make_one_sweep(answers: Any):
-    answer = answers["one"]
+@pytest.mark.parametrize("scenario", ["one", "process"])
+def test_workers_of_one_host_make_one_sweep(answers: Any, scenario: str):
+    answer = answers[scenario]
 
     [(host, folder, problem)] = answer["hosts"]
     assert (answer["log"].count("begin"), answer["log"].count("end")) == (1, 1)
@@ -202,9 +203,9 @@ def test_every_host_is_concluded_and_all_are_compared(
         kwargs["progress"](0, len(problems), "")
         return outcome_of(tmp_path, *problems, interrupted=interrupted)
 
-    def side_by_side(folders: list[Path], out: Path) -> str:
+    def side_by_side(folders: list[Path], out: Path) -> compare.Compared:
         asked.append(out)
-        return " beside ".join(folder.name for folder in folders)
+        return compare.Compared(" beside ".join(folder.name for folder in folders), agree=True)
 
     monkeypatch.setattr(cluster, "sweep_cluster", sweep)
     monkeypatch.setattr(cluster, "conclude", lambda folder: [f"the answer of {folder.name}"])

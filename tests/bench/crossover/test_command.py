@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from kvmmm.bench.command import bench
 from kvmmm.bench.crossover import facts, finish, sweep
+from kvmmm.bench.crossover.compare import Compared
 from kvmmm.bench.crossover.extras import MissingExtraError
 from kvmmm.bench.crossover.sweep import Outcome, SweepError
 from kvmmm.bench.registry import COMMANDS
@@ -124,7 +125,7 @@ def test_other_modules_do_the_self_check_the_cluster_and_the_comparison(
     def module_of(name: str) -> Any:
         return SimpleNamespace(
             run=lambda *args: asked.append((name, args)),
-            main=lambda *args: f"{name} of {len(args[0])}",
+            main=lambda *args: Compared(f"{name} of {len(args[0])}", agree=False),
         )
 
     monkeypatch.setattr(finish, "module_of", module_of)
@@ -133,6 +134,9 @@ def test_other_modules_do_the_self_check_the_cluster_and_the_comparison(
     assert asked == [("selfcheck", (tmp_path,)), ("cluster", ("tcp://a:1", "quick", tmp_path))]
     result = CliRunner().invoke(bench, ["compare", str(tmp_path), str(tmp_path)])
     assert result.stdout == "compare of 2\n"
+    assert result.exit_code == 0
+    folders = [str(tmp_path)] * 3
+    assert CliRunner().invoke(bench, ["compare", "--agree", *folders]).exit_code == 1
     assert CliRunner().invoke(bench, ["compare", str(tmp_path)]).exit_code == 2
 
 

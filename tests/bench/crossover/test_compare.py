@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from kvmmm.bench.crossover.compare import Comparison
+from kvmmm.bench.crossover.crossing import Crossover, NoThreshold
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,33 +74,82 @@ def test_the_other_way_round_says_the_same(runs: dict[str, Any]):
     assert {one.key for one in there.differing} == {one.key for one in back.differing}
 
 
-def test_text_names_runs_facts_and_crossovers(folders: dict[str, Path]):
+def test_text_names_runs_facts_and_says_in_a_sentence_that_they_agree(folders: dict[str, Path]):
     from kvmmm.bench.crossover.compare import main
 
-    text = main([folders["first"], folders["again"]])
+    text, agree = main([folders["first"], folders["again"]])
+    assert agree
     assert "kernel: 6.18 | 6.19" in text
     assert "again beside first" in text
-    assert "  0 of " in text
+    [sentence] = re.findall(r"The two runs agree .*", text)
+    assert "(not one host: kernel differ)" in sentence
     both, overlap = map(
-        int, re.search(r"stated by both: (\d+), intervals overlap in (\d+)", text).groups()
+        int, re.search(r"of (\d+) crossovers that both state.* of (\d+) overlap", sentence).groups()
     )
     assert both == overlap > 0
+    assert "0 are won by different sides, each by more than 10%" in sentence
 
 
-def test_a_crossover_that_went_is_said(runs: dict[str, Any]):
+def test_a_crossover_that_went_is_said_with_what_the_other_says(runs: dict[str, Any]):
+    from kvmmm.bench.crossover.agreement import agreement_of
     from kvmmm.bench.crossover.compare import compare
     from kvmmm.bench.crossover.report.compare_text import crossover_lines
 
-    lines = crossover_lines(compare(runs["first"], runs["slower"]))
-    assert any(
-        line.strip().startswith("a crossover in one only: copy_in, 1 segment") for line in lines
-    )
+    agreement = agreement_of(compare(runs["first"], runs["slower"]))
+    lines = crossover_lines(agreement)
+    assert len(lines) == len(agreement.alone) + len(agreement.apart)
+    [line] = [one for one in lines if one.startswith("a crossover in one only: copy_in, 1 segment")]
+    assert "crosses at" in line
+    assert " | no threshold: " in line
+
+
+def test_a_cell_won_by_different_sides_is_no_agreement(folders: dict[str, Path]):
+    from kvmmm.bench.crossover.compare import main
+
+    text, agree = main([folders["first"], folders["slower"]])
+    assert not agree
+    assert "The two runs do not agree: " in text
+    assert "won by different sides, each by more than 10%:\n    copy_in, 1 segment" in text
+
+
+CROSSOVER = Crossover(1000.0, 900.0, 1100.0, 1.0, 0.5, "internal", "mirror")
+
+
+@pytest.mark.parametrize(
+    ("other", "kind"),
+    [
+        (CROSSOVER._replace(bytes=1150.0, low=1099.0, high=1300.0), "overlapping"),
+        (CROSSOVER._replace(bytes=1250.0, low=1101.0, high=1400.0), "apart"),
+        (CROSSOVER._replace(bytes=700.0, low=500.0, high=899.0), "apart"),
+        (CROSSOVER._replace(below="mirror", above="internal"), "apart"),
+        (NoThreshold("it is so"), "alone"),
+    ],
+)
+def test_two_verdicts_on_one_curve(other: Any, kind: str):
+    from kvmmm.bench.crossover.agreement import agreement_of, agreement_text
+
+    def run(verdict: Any) -> Any:
+        host = {"cpu": "x", "load": id(verdict)}
+        return SimpleNamespace(
+            curves={("copy_in", "mirror"): SimpleNamespace(verdict=verdict)},
+            results=SimpleNamespace(header=SimpleNamespace(host=host)),
+        )
+
+    for verdicts in ((CROSSOVER, other), (other, CROSSOVER)):
+        first, second = map(run, verdicts)
+        found = agreement_of(Comparison(first, second, 7, [], [], []))
+        kinds = {name: len(getattr(found, name)) for name in ("overlapping", "apart", "alone")}
+        assert kinds == {"overlapping": 0, "apart": 0, "alone": 0} | {kind: 1}
+        assert found.holds == (kind != "apart")
+        verb = "do not agree" if kind == "apart" else "agree"
+        assert agreement_text(found).startswith(f"The two runs {verb}: of ")
 
 
 def test_page_holds_all_runs(folders: dict[str, Path], tmp_path: Path):
     from kvmmm.bench.crossover.compare import main
 
-    text = main(list(folders.values()), tmp_path / "out")
+    text, agree = main(list(folders.values()), tmp_path / "out")
+    assert not agree
     assert (tmp_path / "out" / "compare.txt").read_text() == text
     page = (tmp_path / "out" / "compare.html").read_text()
     data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
@@ -107,6 +160,7 @@ def test_page_holds_all_runs(folders: dict[str, Path], tmp_path: Path):
 
 
 def test_a_run_that_is_not_to_be_trusted_claims_nothing(runs: dict[str, Any]):
+    from kvmmm.bench.crossover.agreement import agreement_of, agreement_text
     from kvmmm.bench.crossover.compare import Run, compare
 
     slower = runs["slower"]
@@ -115,6 +169,9 @@ def test_a_run_that_is_not_to_be_trusted_claims_nothing(runs: dict[str, Any]):
     comparison = compare(runs["first"], doubtful)
     assert comparison.differing == []
     assert comparison.doubts == ["the A/A pair of x differs beyond noise"]
+    agreement = agreement_of(comparison)
+    assert not agreement.holds
+    assert "cannot be told: the A/A pair of x" in agreement_text(agreement)
 
 
 def test_one_process_claims_nothing(runs: dict[str, Any]):

@@ -135,6 +135,12 @@ def test_parity_needs_to_stay() -> None:
     assert verdict == Parity(SIZES[6], "internal")
 
 
+def test_one_size_alone_is_no_parity() -> None:
+    verdict = judged([1.6, 1.4, 1.2, 1.2, 1.2, 1.2, 1.2, 1.0], sd=0.005)
+
+    assert isinstance(verdict, NoThreshold)
+
+
 def test_what_is_open_at_the_large_end_is_no_parity() -> None:
     verdict = judged([1.6, 1.4, 1.2, 1.1, 1.0, 1.0, 1.0, 1.06], sd=0.005, floor=0.1)
 

@@ -43,6 +43,46 @@ def test_the_thresholds_of_gvisor_are_among_the_sizes_of_every_curve_of_ranges(m
             assert {512, 32 << 10} <= sizes, dims
 
 
+def test_the_full_plan_has_every_layout_in_both_orders():
+    cells = plan.plan_of(plan.FULL).cells
+    layouts = {(cell.layout, cell.order) for cell in cells}
+    # One segment has no order; the rest has both.
+    assert layouts == {
+        (n, order) for n in ("1", "10", "1000", "60000") for order in ("contiguous", "scattered")
+    } - {("1", "scattered")}
+    short = {cell.residency for cell in cells if (cell.layout, cell.order) == plan.SHORT_60000}
+    assert short == {"warm", "mirror-cold", "linear-cold", "cold"}
+
+
+def test_no_process_needs_more_vmas_than_there_are():
+    for mode in plan.MODES:
+        parts = plan.parts_of(plan.plan_of(mode, huge_pages=True).cells)
+        assert len(parts) == (2 if mode == plan.FULL else 1)
+        for cells in parts:
+            layouts = {(cell.layout, cell.order, cell.page_bytes) for cell in cells}
+            assert sum(int(layout) for layout, _, _ in layouts) < 64_000
+    assert plan.parts_of(()) == []
+
+
+def test_how_long_a_plan_takes_is_known_about():
+    assert plan.estimate_s(plan.plan_of(plan.QUICK)) <= 60
+    hours = plan.estimate_s(plan.plan_of(plan.FULL)) / 3600
+    assert 1 < hours < 24
+
+
+def test_long_segments_of_huge_pages_are_made_of_them():
+    # Or the mirror could not have such pages, and a ratio would compare two sizes of pages.
+    for layout in (plan.ONE, plan.TEN):
+        found = geometry.geometry_of(*layout, HUGE_PAGE_BYTES)
+        assert not found.segment_bytes % HUGE_PAGE_BYTES
+        assert found.length_bytes == geometry.length_bytes(*layout, HUGE_PAGE_BYTES)
+    assert geometry.geometry_of(*plan.THOUSAND, HUGE_PAGE_BYTES).segment_bytes < HUGE_PAGE_BYTES
+    cells = plan.plan_of(plan.FULL, huge_pages=True).cells
+    for cell in cells:
+        length_bytes = geometry.length_bytes(cell.layout, cell.order, cell.page_bytes)
+        assert cell.bytes * 4 <= length_bytes
+
+
 def test_the_full_plan_goes_from_8_bytes_to_64_mib():
     sizes = {cell.bytes for cell in plan.plan_of(plan.FULL).cells} - {4}
     assert sizes == {1 << n for n in range(3, 27)}

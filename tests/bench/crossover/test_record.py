@@ -15,6 +15,7 @@ from kvmmm.bench.crossover.record import (
     ResultsError,
     Sample,
     Writer,
+    conditions_of,
     read_results,
 )
 
@@ -99,6 +100,52 @@ def test_records_are_in_the_file_before_it_is_closed(tmp_path: Path) -> None:
     with Writer(tmp_path / "results.jsonl") as writer:
         writer.write(HEADER)
         assert read_results(tmp_path).header == HEADER
+
+
+def test_a_line_that_does_not_fit_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # And whoever makes room may go on with the same writer.
+    with Writer(tmp_path / "results.jsonl") as writer:
+        writer.write(HEADER)
+        writer.write(CELL)
+        whole = (tmp_path / "results.jsonl").read_bytes()
+
+        class Full:
+            # The disk takes ten bytes, then none.
+            def __init__(self, file: Any) -> None:
+                self.file, self.left = file, 10
+
+            def write(self, data: bytes) -> int:
+                if not self.left:
+                    raise OSError(28, "No space left on device")
+                n, self.left = self.left, 0
+                return int(self.file.write(data[:n]))
+
+            def fileno(self) -> int:
+                return int(self.file.fileno())
+
+        usual = writer._file
+        monkeypatch.setattr(Writer, "_file", Full(usual))
+        with pytest.raises(OSError, match="No space"):
+            writer.write(SAMPLE)
+        monkeypatch.undo()
+        assert (tmp_path / "results.jsonl").read_bytes() == whole
+        writer.write(SAMPLE)
+    assert read_results(tmp_path).samples == [SAMPLE]
+
+
+def test_what_the_cpu_did_meanwhile_is_summed_up(tmp_path: Path) -> None:
+    canaries = [Canary(0, r, 3.0 + r / 100, 2) for r in range(21)]
+    results = read_results(written(tmp_path, HEADER, CELL, *canaries, Footer(True, 84.0)))
+    found = conditions_of(results)
+    assert found is not None
+    assert (found.ghz_low, found.ghz, found.ghz_high) == (3.01, 3.1, 3.19)
+    assert found.stolen == pytest.approx(0.42 / 84)
+    text = "CPU at 3.10 GHz (3.01 to 3.19 in 9 rounds of 10), 0.5 % of its time taken by others"
+    assert str(found) == text
+
+    assert conditions_of(read_results(written(tmp_path, HEADER, CELL))) is None
 
 
 @pytest.mark.parametrize(

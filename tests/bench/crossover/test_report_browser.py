@@ -218,6 +218,22 @@ def test_chart_is_read_by_keyboard(report: Page):
     assert "ASIO, walk" in report.text("#ratio-readout")
 
 
+def test_what_the_filters_say_is_no_column(report: Page):
+    columns = report.count("#cells thead th")
+    report.click("#all-cells")
+    assert report.count("#cells thead th") == columns + 6
+
+
+def test_long_tables_begin_with_crossovers_and_show_the_rest_on_demand(report: Page):
+    shown = "return [...document.querySelectorAll(arguments[0])].filter((e) => !e.hidden).length"
+    rows = "section[aria-labelledby=h-curves] tbody tr"
+    assert report.js(shown, rows) == 30
+    assert "crosses at" in report.text(f"{rows} td:last-child")
+    report.click("section[aria-labelledby=h-curves] button")
+    assert report.js(shown, rows) == report.js("return DATA.curves.length") > 30
+    assert report.count("section[aria-labelledby=h-curves] button") == 0
+
+
 def test_table_sorts_and_shows_everything(report: Page):
     report.click("#all-cells")
     assert report.count("#cells tbody tr") == 200

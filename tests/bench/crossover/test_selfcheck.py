@@ -10,10 +10,10 @@ import pytest
 from kvmmm.bench.crossover import selfcheck
 from kvmmm.bench.crossover.crossing import Crossover
 from kvmmm.bench.crossover.plan import SELF_CHECK, plan_of
-from kvmmm.bench.crossover.record import FILE_NAME, Writer
+from kvmmm.bench.crossover.record import FILE_NAME, Footer, Writer
 from kvmmm.bench.crossover.selfcheck import Trial, check, finding_of, records_of, trials
 from kvmmm.bench.crossover.statistics import analyse
-from kvmmm.bench.crossover.sweep import Outcome
+from kvmmm.bench.crossover.sweep import Outcome, SweepError
 from tests.bench.crossover.simulated import Simulated
 
 if TYPE_CHECKING:
@@ -163,21 +163,28 @@ def fake_sweep(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     # Sweeps that are over at once. `stop` names the one at which somebody presses Ctrl-C.
     world: dict[str, Any] = {"stop": None, "made": []}
 
-    def run(_plan: Any, folder: Path, *, planted: Any, resume: bool) -> Outcome:
+    def run(
+        _plan: Any, folder: Path, *, planted: Any, resume: bool, host: Any, progress: Any
+    ) -> Outcome:
         assert resume
+        assert host == {"cpu": "x"}
+        progress(0.5, 11.0, "process 3")
         interrupted = folder.name == world["stop"]
         if not interrupted:
             folder.mkdir(parents=True)
             results = simulated_sweep(Trial(folder.name, planted, None), 7)
             with Writer(folder / FILE_NAME) as writer:
                 writer.write(results.header)
+                writer.write_other("planted", **planted.as_json())
                 for record in [*results.cells.values(), *results.samples]:
                     writer.write(record)
+                writer.write(Footer(complete=True, seconds=1.0))
             world["made"].append(folder.name)
         return Outcome(not interrupted, interrupted, 1.0, 1, [])
 
     monkeypatch.setattr("kvmmm.bench.crossover.sweep.run", run)
     monkeypatch.setattr("kvmmm.bench.host.host_record", lambda: {"kernel": "6.18"})
+    monkeypatch.setattr("kvmmm.bench.crossover.facts.host_facts", lambda: {"cpu": "x"})
     return world
 
 
@@ -199,6 +206,10 @@ def test_it_writes_its_cases_and_ends_well(
     ]
     assert "2/2" in shown.err
     assert "selfcheck/planted" in shown.out
+    assert "self-check passed: 1 of 1 planted crossovers stated with the truth inside" in shown.out
+    assert "median width a factor of 1." in shown.out
+    assert "in 0 of 1 sweeps of identical sides" in shown.out
+    assert 1 < cases[0]["interval_factor"] < 3
 
 
 def test_what_is_interrupted_says_how_to_go_on(
@@ -211,7 +222,27 @@ def test_what_is_interrupted_says_how_to_go_on(
 
     assert status == 130
     assert fake_sweep["made"] == [made[0].name]
-    assert "--self-check" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "--self-check" in shown.err
+    assert "self-check not finished: " in shown.out
+
+    fake_sweep["stop"] = None
+    assert selfcheck.run(tmp_path, made) == 0
+    # What was made before is read, not made again.
+    assert fake_sweep["made"] == [trial.name for trial in made]
+
+
+def test_a_folder_of_another_self_check_is_refused(
+    tmp_path: Path, fake_sweep: dict[str, Any]
+) -> None:
+    selfcheck.run(tmp_path, trials(n_planted=1, n_identical=0))
+    other = [
+        trial._replace(name="planted-00") for trial in trials(seed=9, n_planted=1, n_identical=0)
+    ]
+
+    with pytest.raises(SweepError, match="another self-check"):
+        selfcheck.run(tmp_path, other)
+    assert fake_sweep["made"] == ["planted-00"]
 
 
 def test_a_miss_is_a_failure(tmp_path: Path, fake_sweep: dict[str, Any]) -> None:

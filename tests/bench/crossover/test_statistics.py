@@ -79,17 +79,26 @@ def quickly(simulated: Simulated, cells: list[Cell], seed: int, replicates: int)
     return statistics._analyse(simulated.measured(cells), 0, seed, replicates)
 
 
-@pytest.mark.parametrize(("process_sd", "least"), [(0.0, 0.94), (0.03, 0.92)])
-def test_intervals_cover_the_truth_whatever_processes_do(process_sd: float, least: float) -> None:
+# What was seen on a real host: rounds that differ by 5 to 20 %, one in eight far out, hardly any
+# effect of processes. And what may be elsewhere: processes that differ, drift, rounds that stick.
+HOSTS = [
+    {"process_sd": 0.0, "round_sd": 0.1, "rounds": 41},
+    {"process_sd": 0.03},
+    {"process_sd": 0.01, "drift": 0.05, "sticky": 0.7},
+]
+
+
+@pytest.mark.parametrize("how", HOSTS, ids=str)
+def test_intervals_cover_the_truth_whatever_processes_do(how: dict[str, Any]) -> None:
     truth = planted_ns(2000, 0.1)
     inside = n = 0
     for seed in range(60):
-        simulated = Simulated(truth, seed=seed, process_sd=process_sd)
+        simulated = Simulated(truth, seed=seed, **how)
         for one in quickly(simulated, cells_of(), seed, 200).cells:
             ratio = truth(one.cell, "mirror") / truth(one.cell, "internal")
             inside += one.low <= ratio <= one.high
             n += 1
-    assert inside / n >= least
+    assert inside / n >= 0.93
 
 
 def false_claims(n: int, **how: Any) -> tuple[int, int]:
@@ -120,6 +129,7 @@ def test_a_pair_that_does_not_differ_is_not_said_to(process_sd: float) -> None:
         {"process_sd": 0.02, "rounds": 15},
         {"process_sd": 0.05, "rounds": 9, "round_sd": 0.03},
         {"process_sd": 0.02, "rounds": 9, "processes": 8, "varied": False},
+        *HOSTS,
     ],
     ids=str,
 )
@@ -133,15 +143,15 @@ def test_false_claims_are_controlled_over_hundreds_of_sweeps(how: dict[str, Any]
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("process_sd", [0.0, 0.01, 0.03])
-def test_crossovers_lie_in_their_intervals_over_hundreds_of_sweeps(process_sd: float) -> None:
+@pytest.mark.parametrize("how", [{"process_sd": 0.0}, {"process_sd": 0.01}, *HOSTS], ids=str)
+def test_crossovers_lie_in_their_intervals_over_hundreds_of_sweeps(how: dict[str, Any]) -> None:
     stated = inside = 0
     choose = random.Random(1)
     sizes = [8 << i for i in range(16)]
     for seed in range(SWEEPS):
         at = math.exp(choose.uniform(math.log(128), math.log(32 << 10)))
         ns = choose.uniform(2, 6) * internal_ns(round(at))
-        simulated = Simulated(planted_ns(ns, ns / at), seed=seed, process_sd=process_sd)
+        simulated = Simulated(planted_ns(ns, ns / at), seed=seed, **how)
         verdict = quickly(simulated, cells_of(sizes), seed, 300).curves[0].verdict
         if isinstance(verdict, Crossover):
             stated += 1

@@ -10,50 +10,22 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from kvmmm.bench.crossover import process, sweep
-from kvmmm.bench.crossover.plan import plan_of
+from kvmmm.bench.crossover.plan import estimate_s, plan_of
 from kvmmm.bench.crossover.planted import Planted
 from kvmmm.bench.crossover.record import Footer, ResultsError, Writer, read_results
 from kvmmm.bench.crossover.sweep import SweepError
 from kvmmm.bench.crossover.worker import Job
+from tests.bench.crossover.sweeping import HOST, fake, keys, processes, run, small_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvmmm.bench.crossover.plan import Plan
-    from kvmmm.bench.crossover.record import Results
-    from kvmmm.bench.crossover.sweep import Outcome
-
-FAKE = Path(__file__).with_name("fake_worker.py")
-HOST = {"cpu": "none"}
-
-
-def fake(kind: str) -> list[str]:
-    return [sys.executable, str(FAKE), kind]
-
-
-def small_plan(**changes: Any) -> Plan:
-    the_plan = plan_of("self-check")
-    return the_plan._replace(
-        cells=the_plan.cells[:2], rounds=3, n_processes=2, seconds=20.0
-    )._replace(**changes)
-
-
-def run(folder: Path, kind: str = "works", **options: Any) -> Outcome:
-    the_plan = options.pop("plan", small_plan())
-    return sweep.run(the_plan, folder, host=HOST, seed=1, command=fake(kind), **options)
-
-
-def keys(results: Results) -> list[tuple[str, int, int]]:
-    return [(one.cell, one.process, one.round) for one in results.samples]
-
-
-def processes(results: Results) -> list[dict[str, Any]]:
-    return [line for line in results.others if line["kind"] == "process"]
 
 
 def test_everything_is_written(tmp_path: Path):
@@ -211,6 +183,75 @@ def test_results_are_not_written_over(tmp_path: Path):
         run(tmp_path, resume=True)
 
 
+def two_parts() -> Plan:
+    cells = [cell for cell in plan_of("full").cells if cell.bytes == 4096 and cell.caller == "c"]
+    of_each = [
+        next(c for c in cells if (c.layout, c.order) == layout and c.operation == operation)
+        for operation in ("copy_in", "copy_out")
+        for layout in (("60000", "contiguous"), ("60000", "scattered"))
+    ]
+    return small_plan(cells=[cell._replace(id=f"c{n}") for n, cell in enumerate(of_each)])
+
+
+def test_what_no_process_has_memory_for_is_measured_by_others(tmp_path: Path):
+    # Two full mirrors of 60,000 segments are more VMAs than a process may have.
+    assert run(tmp_path, plan=two_parts()).complete
+    results = read_results(tmp_path)
+    by_process: dict[int, set[str]] = {}
+    for sample in results.samples:
+        by_process.setdefault(sample.process, set()).add(results.cells[sample.cell].order)
+    assert by_process == {0: {"contiguous"}, 1: {"scattered"}, 2: {"contiguous"}, 3: {"scattered"}}
+    assert [line["part"] for line in processes(results)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_each_part_is_gone_on_with_by_itself(tmp_path: Path, told: bool):
+    # Whether the process that was cut off could still say which one it was, or not.
+    run(tmp_path, plan=two_parts())
+    path = tmp_path / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    cut = next(n for n, line in enumerate(lines) if '"process": 1, "round": 2' in line)
+    end = {
+        "kind": "process", "process": 1, "complete": False, "rounds_left": [2], "continues": None,
+        "part": 1, "seconds": 1,
+    }  # fmt: skip
+    path.write_text("".join(lines[:cut]) + (json.dumps(end) + "\n" if told else ""))
+    assert run(tmp_path, plan=two_parts(), resume=True).complete
+    results = read_results(tmp_path)
+    rounds = [s.round for s in results.samples if results.cells[s.cell].order == "scattered"]
+    assert sorted(rounds) == sorted([0, 1, 2] * 2 * 2)
+    assert {line["part"] for line in processes(results) if line["continues"] == 1} == {1}
+
+
+def test_time_that_a_killed_attempt_took_counts(tmp_path: Path):
+    run(tmp_path, "dies")
+    with Writer(tmp_path / "results.jsonl", append=True) as writer:
+        writer.write_other(
+            "process", process=2, complete=False, rounds_left=[1, 2], continues=0, seconds=500.0
+        )
+    outcome = run(tmp_path, resume=True)
+    assert outcome.seconds >= 500
+
+
+def test_before_anything_is_measured_progress_says_how_long_it_will_take(tmp_path: Path):
+    the_plan = plan_of("full")._replace(n_processes=1)
+    seen: list[float | None] = []
+
+    def stop(_done: float, left: float | None, _text: str) -> None:
+        seen.append(left)
+        raise KeyboardInterrupt
+
+    assert run(tmp_path, plan=the_plan, progress=stop).interrupted
+    assert seen[0] == pytest.approx(estimate_s(the_plan), abs=30)
+
+
+def test_how_it_was_measured_is_told(tmp_path: Path):
+    run(tmp_path)
+    [told] = [line for line in read_results(tmp_path).others if line["kind"] == "method"]
+    assert told["operations_cold"] == 3
+    assert set(told["no_references"]) == {"zero_out", "swap", "cas", "absent"}
+
+
 def test_progress_comes_to_its_end(tmp_path: Path):
     seen: list[tuple[float, float | None]] = []
     run(tmp_path, progress=lambda done, left, _text: seen.append((done, left)))
@@ -244,6 +285,7 @@ def test_real_workers_measure_in_time(tmp_path: Path):
     assert outcome.errors == []
     assert outcome.complete
     results = read_results(tmp_path)
+    assert all(isinstance(line["spoiled"], dict) for line in processes(results))
     by_cell: dict[str, int] = {}
     for sample in results.samples:
         by_cell[sample.cell] = by_cell.get(sample.cell, 0) + 1

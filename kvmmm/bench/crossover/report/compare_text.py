@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvmmm.bench.crossover.compare import CLEARLY
-from kvmmm.bench.crossover.crossing import Crossover
+from kvmmm.bench.crossover.agreement import CLEARLY, agreement_of, agreement_text
 from kvmmm.bench.crossover.report import words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvmmm.bench.crossover.agreement import Agreement, Said
     from kvmmm.bench.crossover.compare import Comparison, Difference, Key, Run
 
 _MOST_LINES = 10
@@ -48,22 +48,21 @@ def facts_that_differ(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _comparison_lines(one: Comparison) -> list[str]:
-    lines = [f"{one.other.name} beside {one.first.name}"]
+    agreement = agreement_of(one)
+    lines = [f"{one.other.name} beside {one.first.name}", f"  {agreement_text(agreement)}"]
+    lines += [f"  {line}" for line in crossover_lines(agreement)]
+    if one.contradicting:
+        lines.append(f"  won by different sides, each by more than {CLEARLY - 1:.0%}:")
+        lines += _some_lines(one.contradicting)
     if one.doubts:
         lines.append(f"  no difference is claimed: {'; '.join(one.doubts)}")
-    else:
-        noise = [run.analysis.noise.smallest for run in (one.first, one.other)]
-        lines.append(
-            f"  {len(one.differing)} of {one.n_common} ratios differ beyond noise (A/A "
-            f"{noise[0]:.1%} and {noise[1]:.1%})"
-        )
-    lines += _some_lines(one.differing)
+        return lines
+    noise = [run.analysis.noise.smallest for run in (one.first, one.other)]
     lines.append(
-        f"  won by different sides, each by more than {CLEARLY - 1:.0%}: "
-        f"{len(one.contradicting) or 'none'}"
+        f"  {len(one.differing)} of {one.n_common} ratios differ beyond noise (A/A "
+        f"{noise[0]:.1%} and {noise[1]:.1%})"
     )
-    lines += _some_lines(one.contradicting)
-    return lines + [f"  {line}" for line in crossover_lines(one)]
+    return lines + _some_lines(one.differing)
 
 
 def _some_lines(differences: Sequence[Difference]) -> list[str]:
@@ -91,22 +90,12 @@ def difference_text(one: Difference) -> str:
     )
 
 
-def crossover_lines(one: Comparison) -> list[str]:
-    """Return what the two runs say about crossovers, as lines."""
-    agree, lines = 0, []
-    for key in one.first.curves.keys() & one.other.curves.keys():
-        verdicts = [run.curves[key].verdict for run in (one.first, one.other)]
-        stated = [verdict for verdict in verdicts if isinstance(verdict, Crossover)]
-        if len(stated) == 2 and stated[0].low <= stated[1].high and stated[1].low <= stated[0].high:
-            agree += 1
-        elif stated:
-            texts = [words.verdict_text(verdict) for verdict in verdicts]
-            apart = "two crossovers apart" if len(stated) == 2 else "a crossover in one only"
-            lines.append(f"{apart}: {key_text(key)}: {' | '.join(texts)}")
-    n_apart = sum(line.startswith("two") for line in lines)
-    first = (
-        f"crossovers stated by both: {agree + n_apart}, intervals overlap in {agree}; "
-        f"by one only: {len(lines) - n_apart}"
-    )
-    more = [f"  and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
-    return [first, *(f"  {line}" for line in sorted(lines)[:_MOST_LINES]), *more]
+def crossover_lines(one: Agreement) -> list[str]:
+    """Return the crossovers that two runs do not say alike, as lines."""
+    kinds = (("crossovers apart", one.apart), ("a crossover in one only", one.alone))
+    return [f"{kind}: {_said_text(said)}" for kind, some in kinds for said in some]
+
+
+def _said_text(said: Said) -> str:
+    first, other = map(words.verdict_text, (said.first, said.other))
+    return f"{key_text(said.key)}: {first} | {other}"

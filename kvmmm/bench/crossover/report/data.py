@@ -7,6 +7,7 @@ from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from kvmmm.bench.crossover.crossing import FEWEST_SIZES, Crossover, NoThreshold, Parity
 from kvmmm.bench.crossover.record import INTERNAL, INTERNAL_AGAIN
 from kvmmm.bench.crossover.report import words
 from kvmmm.bench.crossover.report.parts import PART_NAMES, parts_of
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from kvmmm.bench.crossover.record import Cell, Results
-    from kvmmm.bench.crossover.verdicts import Analysis, CellVerdict
+    from kvmmm.bench.crossover.verdicts import Analysis, CellVerdict, Curve
 
 _DIGITS = 4
 
@@ -126,13 +127,24 @@ def _parts_by_cell(
 
 
 def curves_data(dims: Sequence[Mapping[str, Any]], analysis: Analysis) -> list[dict[str, Any]]:
-    """Return each curve's place in the dimensions, its pair, and its verdict in words."""
+    """Return each curve's place in the dimensions, its pair, and its verdict in words.
+
+    Those with a crossover come first, then those with a parity size: they are what is looked for.
+    """
     curves = []
-    for curve in analysis.curves:
+    for curve in sorted(analysis.curves, key=_verdict_order):
         cell = curve.points[0].cell
         text = words.verdict_text(curve.verdict)
         curves.append({"d": indexes(dims, cell), "pair": curve.pair[0], "text": text})
-    return sorted(curves, key=lambda one: (one["pair"], one["d"]))
+    return curves
+
+
+def _verdict_order(curve: Curve) -> tuple[bool, int, int]:
+    # Nothing is looked for in curves that are too short to have a threshold.
+    verdict, mechanism = curve.verdict, curve.pair[0]
+    known = [*words.PAIR_NAMES, mechanism].index(mechanism)
+    rank = (Crossover, Parity, NoThreshold).index(type(verdict))
+    return len(curve.points) < FEWEST_SIZES, rank, known
 
 
 def rounded(value: float) -> float:

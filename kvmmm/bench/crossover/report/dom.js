@@ -66,12 +66,15 @@ function logScale(from, to, low, high) {
   return (value) => low + ((Math.log(value) - a) / b) * (high - low);
 }
 
-// 1, 2, 5, 10, ... inside [from, to]; powers of ten alone where these would crowd.
+// 1, 2, 5, 10, ... inside [from, to]; powers of ten alone where these would crowd; even steps where they
+// would be too few.
 function logTicks(from, to) {
   if (to / from < 5) {
-    const step = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5].find((one) => (to - from) / one <= 9) || 1;
+    const least = (to - from) / 9;
+    const power = 10 ** Math.floor(Math.log10(least));
+    const step = [1, 2, 5, 10].find((one) => one * power >= least) * power;
     const n = Math.floor(to / step) - Math.ceil(from / step) + 1;
-    return Array.from({ length: n }, (_, i) => +((Math.ceil(from / step) + i) * step).toFixed(2));
+    return Array.from({ length: n }, (_, i) => +((Math.ceil(from / step) + i) * step).toPrecision(6));
   }
   const steps = Math.log10(to / from) > 2.5 ? [1] : [1, 2, 5];
   const ticks = [];

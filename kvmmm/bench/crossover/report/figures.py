@@ -32,6 +32,8 @@ _FINE_TICKS = (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0, 8.0, 9.0)
 _MAP_BYTES = (64, 512, 4 << 10, 32 << 10, 1 << 20)
 _BLUE_TO_ORANGE = ("#0072b2", "#8cc3e6", "#eeeeee", "#f3bd7e", "#d56e00")
 
+_FONT = "'DejaVu Sans'"
+
 _Key = tuple[int, ...]
 
 
@@ -117,6 +119,10 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure; the same figure makes the same file."""
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     figure.savefig(path, metadata=metadata, facecolor="white")
+    if path.suffix == ".svg":
+        # Where that font is not installed, one that is as wide.
+        text = path.read_text(encoding="utf-8").replace(_FONT, f"{_FONT}, Verdana, sans-serif")
+        path.write_text(text, encoding="utf-8")
 
 
 def new_figure(width: float, height: float) -> Figure:

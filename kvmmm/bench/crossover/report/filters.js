@@ -30,14 +30,16 @@ function sameMap(a, b) {
   return DATA.dims.every(({ key }, i) => a[i] === b[i] || key === "layout" || key === "residency");
 }
 
-// The one that the address names; else one whose map is the fullest, at most sizes; of these the first.
+// The one that the address names; else one whose map holds the most cells, at most sizes; of these the first.
 function startCombination() {
   const hash = new URLSearchParams(location.hash.slice(1));
   const wanted = DATA.dims.map((dim) => dim.names.indexOf(hash.get(dim.key)));
   const all = combinations();
   const same = all.find(({ d }) => d.every((value, i) => value === wanted[i]));
   if (same) return same.d;
-  for (const one of all) one.map = all.filter((other) => sameMap(one.d, other.d)).length;
+  for (const one of all) {
+    one.map = all.reduce((n, other) => n + (sameMap(one.d, other.d) ? other.sizes : 0), 0);
+  }
   const inOrder = (a, b) => a.d.map((value, i) => value - b.d[i]).find(Boolean) || 0;
   all.sort((a, b) => b.map - a.map || b.sizes - a.sizes || inOrder(a, b));
   return all[0].d.slice();

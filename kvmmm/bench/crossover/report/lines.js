@@ -1,12 +1,21 @@
-// Ratio against size: both axes logarithmic, intervals, parity band, gVisor's thresholds.
+// Lines with intervals, both axes logarithmic: ratios against size with the parity band and gVisor's
+// thresholds; or whatever other `axes` say.
 
 const BOX = { width: 900, height: 430, left: 62, right: 18, top: 26, bottom: 46 };
 const SHAPES = ["circle", "square", "triangle", "diamond", "down", "cross"];
 const DASHES = ["", "7 4", "2 4", "10 4 2 4", "4 2", "1 3"];
 
+// What a picture's axes are, and how its values read. `one`: values are ratios, 1 is parity.
+const RATIO_AXES = {
+  x: "bytes per operation", xText: bytesText, xTicks: byteTicks, said: digits, one: true,
+  yText: (value) => `${value}×`, above: "↑ internal mappings faster", below: "↓ address space I/O faster",
+  untold: "no difference claimed",
+};
+
 // series: [{name, index, points: [[bytes, ratio, low, high, winner, floor], ...]}].
 // Colour, shape and dash of a line follow its index, so that a filter does not repaint the others.
-function drawLines(holder, series, { marks, title, readout }) {
+// A point whose winner is null is hollow: nothing is claimed.
+function drawLines(holder, series, { marks, title, readout, axes: kind = RATIO_AXES }) {
   const drawn = series.filter((one) => one.points.length);
   holder.replaceChildren();
   if (!drawn.length) {
@@ -14,10 +23,10 @@ function drawLines(holder, series, { marks, title, readout }) {
     readout.textContent = "";
     return;
   }
-  const axes = axesOf(drawn);
+  const axes = axesOf(drawn, kind);
   const svg = s("svg", {
     viewBox: `0 0 ${BOX.width} ${BOX.height}`, class: "chart", role: "img", tabindex: 0,
-    "aria-label": `${title}. Arrow keys read it size by size.`,
+    "aria-label": `${title}. Arrow keys read it point by point.`,
   });
   drawFrame(svg, axes, marks);
   for (const one of drawn) drawSeries(svg, one, axes);
@@ -25,39 +34,39 @@ function drawLines(holder, series, { marks, title, readout }) {
   wireCursor(svg, drawn, axes, readout);
 }
 
-function axesOf(series) {
+function axesOf(series, kind) {
   const points = series.flatMap((one) => one.points);
   const sizes = [...new Set(points.map((point) => point[0]))].sort((a, b) => a - b);
   // At each size the widest floor of what is drawn; where none is known, the band ends.
   const floors = sizes.map((bytes) => Math.max(...points.filter((p) => p[0] === bytes).map((p) => p[5] ?? 0)));
-  const parity = Math.exp(Math.max(...floors, 0.05) * 1.5);
-  const low = Math.min(1 / parity, ...points.map((point) => point[2])) / 1.1;
-  const high = Math.max(parity, ...points.map((point) => point[3])) * 1.1;
+  const parity = kind.one ? [Math.exp(Math.max(...floors, 0.05) * 1.5)] : [];
+  const low = Math.min(...parity.map((one) => 1 / one), ...points.map((point) => point[2])) / 1.1;
+  const high = Math.max(...parity, ...points.map((point) => point[3])) * 1.1;
   const from = sizes[0] / 1.4;
   const to = sizes[sizes.length - 1] * 1.4;
   return {
-    sizes, floors, from, to, low, high,
+    kind, sizes, floors, from, to, low, high,
     x: logScale(from, to, BOX.left, BOX.width - BOX.right),
     y: logScale(low, high, BOX.height - BOX.bottom, BOX.top),
   };
 }
 
 function drawFrame(svg, axes, marks) {
-  const { x, y, from, to, low, high } = axes;
+  const { kind, x, y, from, to, low, high, sizes } = axes;
   const left = BOX.left;
   const right = BOX.width - BOX.right;
   const bottom = BOX.height - BOX.bottom;
-  svg.append(s("path", { class: "parity", d: parityPath(axes, left, right) }));
+  if (kind.one) svg.append(s("path", { class: "parity", d: parityPath(axes, left, right) }));
   for (const tick of logTicks(low, high)) {
     svg.append(
-      s("line", { class: tick === 1 ? "one" : "grid", x1: left, x2: right, y1: y(tick), y2: y(tick) }),
-      s("text", { class: "tick", x: left - 7, y: y(tick) + 4, "text-anchor": "end" }, `${tick}×`),
+      s("line", { class: kind.one && tick === 1 ? "one" : "grid", x1: left, x2: right, y1: y(tick), y2: y(tick) }),
+      s("text", { class: "tick", x: left - 7, y: y(tick) + 4, "text-anchor": "end" }, kind.yText(tick)),
     );
   }
-  for (const tick of byteTicks(from, to)) {
+  for (const tick of kind.xTicks ? kind.xTicks(from, to) : sizes) {
     svg.append(
       s("line", { class: "grid", x1: x(tick), x2: x(tick), y1: BOX.top, y2: bottom }),
-      s("text", { class: "tick", x: x(tick), y: bottom + 17, "text-anchor": "middle" }, bytesText(tick)),
+      s("text", { class: "tick", x: x(tick), y: bottom + 17, "text-anchor": "middle" }, kind.xText(tick)),
     );
   }
   for (const mark of marks) {
@@ -70,9 +79,9 @@ function drawFrame(svg, axes, marks) {
   }
   const side = { class: "side", x: right - 4, "text-anchor": "end" };
   svg.append(
-    y(1) - BOX.top > 30 ? s("text", { ...side, y: BOX.top + 14 }, "↑ internal mappings faster") : "",
-    bottom - y(1) > 30 ? s("text", { ...side, y: bottom - 6 }, "↓ address space I/O faster") : "",
-    s("text", { class: "axis", x: (left + right) / 2, y: BOX.height - 8, "text-anchor": "middle" }, "bytes per operation"),
+    kind.one && y(1) - BOX.top > 30 ? s("text", { ...side, y: BOX.top + 14 }, kind.above) : "",
+    kind.one && bottom - y(1) > 30 ? s("text", { ...side, y: bottom - 6 }, kind.below) : "",
+    s("text", { class: "axis", x: (left + right) / 2, y: BOX.height - 8, "text-anchor": "middle" }, kind.x),
   );
 }
 
@@ -120,7 +129,7 @@ function shape(name, x, y, r) {
 }
 
 // The pointer and the arrow keys choose a size; what the lines say there stands below as text.
-function wireCursor(svg, series, { sizes, x }, readout) {
+function wireCursor(svg, series, { kind, sizes, x }, readout) {
   const line = s("line", { class: "cursor", y1: BOX.top, y2: BOX.height - BOX.bottom, visibility: "hidden" });
   svg.append(line);
   let index = -1;
@@ -131,10 +140,10 @@ function wireCursor(svg, series, { sizes, x }, readout) {
     line.setAttribute("x2", x(bytes));
     line.setAttribute("visibility", "visible");
     const parts = series.flatMap((one) => one.points.filter((point) => point[0] === bytes).map(
-      ([, ratio, low, high, winner]) => `${one.name}: ${digits(ratio)} ${intervalText(low, high)}`
-        + (winner === null ? " (no difference claimed)" : ""),
+      ([, value, low, high, winner]) => `${one.name}: ${kind.said(value)} [${kind.said(low)}, ${kind.said(high)}]`
+        + (winner === null ? ` (${kind.untold})` : ""),
     ));
-    readout.textContent = `${bytesText(bytes)} — ${parts.join("; ")}`;
+    readout.textContent = `${kind.xText(bytes)} — ${parts.join("; ")}`;
   };
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();

@@ -10,6 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvmmm.bench.crossover.record import conditions_of
 from kvmmm.bench.crossover.report import words
 from kvmmm.bench.crossover.report.data import page_data
 
@@ -35,22 +36,24 @@ def report_page(results: Results, analysis: Analysis, answer: Sequence[str]) -> 
     texts = {
         "TITLE": "Where does ASIO beat internal mappings on this host?",
         "SUBTITLE": escape(_subtitle(header, results)),
-        "ANSWER": f"<pre>{escape(chr(10).join(answer))}</pre>",
+        "ANSWER": bullets(answer),
         "NOISE": escape(_noise(analysis)),
         "THRESHOLDS": _thresholds_table(analysis),
         "CURVES": _curves_table(data),
-        "HOST": facts_table(_facts(header)),
+        "HOST": facts_table(header_facts(header) | _run_facts(results)),
         "UNKNOWN": bullets(words.unknowns(header.host)),
     }
     return filled_page("template.html", texts, data, _SCRIPTS)
 
 
 def filled_page(
-    template: str, texts: Mapping[str, str], data: Mapping[str, Any], scripts: Sequence[str]
-) -> str:
+    template: str | Path, texts: Mapping[str, str], data: Mapping[str, Any],
+    scripts: Sequence[str | Path],
+) -> str:  # fmt: skip
     """Return a template with style, scripts, data and texts (HTML, by placeholder) put in.
 
-    Scripts see the data as DATA. The page's policy names style and script by their hashes, and
+    Template and scripts are files of this folder, by name, or others, by path. Scripts see the data
+    as DATA. The page's policy names style and script by their hashes, and
     allows nothing else: no request leaves it even if a text were to hold markup.
     """
     style = _own_file("report.css")
@@ -71,7 +74,7 @@ def filled_page(
     return "".join(pieces)
 
 
-def _own_file(name: str) -> str:
+def _own_file(name: str | Path) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
 
 
@@ -96,12 +99,23 @@ def _subtitle(header: Header, results: Results) -> str:
     )
 
 
-def _facts(header: Header) -> dict[str, object]:
+def header_facts(header: Header) -> dict[str, object]:
+    """Return what a header says, the host's facts last."""
     facts: dict[str, object] = {
         "kvmmm": header.kvmmm, "commit": header.commit, "started": header.started,
         "mode": header.mode, "seed": header.seed,
     }  # fmt: skip
     return facts | dict(header.host)
+
+
+def _run_facts(results: Results) -> dict[str, object]:
+    # How it went, and how it was done.
+    conditions = conditions_of(results)
+    facts: dict[str, object] = {} if conditions is None else {"meanwhile": str(conditions)}
+    methods = (line for line in results.others if line["kind"] == "method")
+    for method in methods:
+        facts |= {name.replace("_", " "): of for name, of in method.items() if name != "kind"}
+    return facts
 
 
 def facts_table(facts: Mapping[str, object]) -> str:

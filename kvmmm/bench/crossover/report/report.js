@@ -132,7 +132,7 @@ function tableColumns() {
   }));
   return [
     { name: "bytes", text: ({ cell }) => bytesText(cell.b), sort: ({ cell }) => cell.b, number: true },
-    ...dims,
+    ...(state.all ? dims : []),  // the filters say them
     { name: "pair", text: ({ pair }) => `${DATA.pair_names[pair]} ÷ ${DATA.pair_names.internal}` },
     { name: "ratio", text: ({ verdict }) => digits(verdict[0]), sort: ({ verdict }) => verdict[0], number: true },
     { name: "95 % interval", text: ({ verdict }) => intervalText(verdict[1], verdict[2]),
@@ -163,7 +163,11 @@ function wireControls() {
   heat.append(...DATA.pairs.map((pair) => h("option", { value: pair }, DATA.pair_names[pair])));
   heat.value = state.heat;
   heat.addEventListener("change", () => { state.heat = heat.value; redraw(); });
-  byId("all-cells").addEventListener("change", (event) => { state.all = event.target.checked; drawTable(); });
+  byId("all-cells").addEventListener("change", (event) => {
+    state.all = event.target.checked;
+    fillTable = sortedTable(byId("cells"), tableColumns());
+    drawTable();
+  });
 }
 
 wireTheme();
@@ -174,5 +178,8 @@ if (DATA.cells.length) {
   redraw();
 } else {
   byId("pictures").replaceChildren(h("p", { class: "empty" }, "The run holds no cells."));
+}
+for (const id of ["h-curves", "h-thresholds"]) {
+  for (const table of byId(id).parentElement.querySelectorAll("table")) shortenTable(table, 30);
 }
 document.documentElement.dataset.ready = "yes";

@@ -43,3 +43,15 @@ function sortedTable(holder, columns) {
     draw();
   };
 }
+
+// A table of the page's text: its first rows, and a button for the rest.
+function shortenTable(table, most) {
+  const rest = [...table.tBodies[0].rows].slice(most);
+  if (!rest.length) return;
+  for (const row of rest) row.hidden = true;
+  const more = h("button", { type: "button", class: "no-print", onclick: () => {
+    for (const row of rest) row.hidden = false;
+    more.remove();
+  } }, `show all ${most + rest.length} rows`);
+  table.parentElement.after(more);
+}

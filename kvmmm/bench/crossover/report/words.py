@@ -128,7 +128,10 @@ def verdict_text(verdict: Verdict) -> str:
         )
     if isinstance(verdict, Parity):
         below = pair_name(verdict.below)
-        return f"does not cross: {below} wins below {bytes_text(verdict.bytes)}, equal from there"
+        return (
+            f"does not cross: from {bytes_text(verdict.bytes)} on within 5 %; "
+            f"where there is a winner below that, it is {below}"
+        )
     return f"no threshold: {verdict.reason}"
 
 
@@ -142,7 +145,7 @@ def host_line(host: Mapping[str, object]) -> str:
 def kvm_kind(host: Mapping[str, object]) -> object:
     """Return what kind of KVM a host has: the doctor's verdict without its explanation."""
     kvm = host.get("kvm_kind") or host.get("kvm")
-    return kvm.partition(":")[0] if isinstance(kvm, str) else kvm
+    return kvm.partition(":")[0].removeprefix("A ") if isinstance(kvm, str) else kvm
 
 
 def fact_text(fact: object) -> str:
