@@ -59,7 +59,7 @@ class Call:
     def judge_error(self, error: BaseException) -> str:
         """Return what is wrong about an error that is of a kind that may be; empty for nothing."""
         if isinstance(error, HostBufferError):
-            # In a batch the offset is within one item's buffer, and what came before counts as done.
+            # In a batch the offset is within one buffer, and what came before it counts as done.
             most = error.offset if getattr(error, "item", 0) == 0 else error.done
             if error.offset < 0 or not 0 <= error.done <= most:
                 return f"offset {error.offset} after {error.done} bytes"
