@@ -172,6 +172,23 @@ int py_copy_source(PyObject *object, struct py_copy_buffer *b);
 int py_copy_target(PyObject *object, struct py_copy_buffer *b);
 void py_copy_release(struct py_copy_buffer *b);
 
+/* The memory of bytes or of a bytearray. As long as nobody else runs who could resize it, it need not be
+ * exported, which takes longer than to copy a few bytes. Whether it is such an object, good for @p access. */
+static inline bool py_copy_plain(PyObject *object, unsigned access, uint8_t **host, uint64_t *n_bytes)
+{
+    if (PyByteArray_CheckExact(object)) {
+        *host = (uint8_t *)PyByteArray_AsString(object);
+        *n_bytes = (uint64_t)PyByteArray_Size(object);
+        return true;
+    }
+    if (access == KVMMM_FRAME_WRITE && PyBytes_CheckExact(object)) {
+        *host = (uint8_t *)PyBytes_AsString(object);
+        *n_bytes = (uint64_t)PyBytes_Size(object);
+        return true;
+    }
+    return false;
+}
+
 /* CopyCore's methods: py_copy_bytes.c, py_copy_vec.c, py_copy_atomic.c. */
 #define PY_COPY_METHOD(name) \
     PyObject *py_copy_##name(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *names)

@@ -24,22 +24,12 @@ static inline PyObject *finish(struct py_copy *c, struct py_copy_buffer *b)
     return rc ? NULL : PyLong_FromUnsignedLongLong(c->done);
 }
 
-/* The usual copy to or from bytes or a bytearray, as py_copy_quickly has it: until that is done nobody else
- * runs who could resize it, so it need not be exported, which takes longer than a few bytes. Whether it was
- * one; if not, c->done may be some of it. */
+/* The usual copy to or from bytes or a bytearray, as py_copy_quickly has it. Whether it was one; if not,
+ * c->done may be some of it. */
 static inline __attribute__((always_inline)) bool move_quickly(struct py_copy *c, PyObject *object)
 {
     uint64_t max_addr = c->core->max_addr;
-    if (PyByteArray_CheckExact(object)) {
-        c->host = (uint8_t *)PyByteArray_AsString(object);
-        c->n_bytes = (uint64_t)PyByteArray_Size(object);
-    } else if (c->access == KVMMM_FRAME_WRITE && PyBytes_CheckExact(object)) {
-        c->host = (uint8_t *)PyBytes_AsString(object);
-        c->n_bytes = (uint64_t)PyBytes_Size(object);
-    } else {
-        return false;
-    }
-    return !c->flags && c->addr <= max_addr && c->n_bytes <= max_addr - c->addr && py_copy_quickly(c);
+    return py_copy_plain(object, c->access, &c->host, &c->n_bytes) && !c->flags && c->addr <= max_addr && c->n_bytes <= max_addr - c->addr && py_copy_quickly(c);
 }
 
 PY_COPY_METHOD(copy_in)

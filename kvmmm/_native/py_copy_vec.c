@@ -109,13 +109,24 @@ static PyObject *run_vec(struct py_copy *c, PyObject *sequence, PyObject *buffer
     const struct range *ranges = NULL;
     Py_ssize_t n_ranges = 0;
     struct py_copy_buffer b;
-    uint64_t total;
+    uint64_t total, n_bytes;
+    uint8_t *host;
+    Py_ssize_t i = 0;
     int flags = names ? py_copy_options(values, names) : 0;
     PyObject *packed = flags < 0 ? NULL : ranges_of(sequence, &ranges, &n_ranges), *result = NULL;
     if (!packed)
         return NULL;
     c->flags = (unsigned)flags;
     py_copy_settle(c);
+    if (py_copy_plain(buffer, c->access, &host, &n_bytes)) {
+        if (check_ranges(c, ranges, n_ranges, &total))
+            goto drop;
+        i = total == n_bytes ? run_quickly(c, ranges, n_ranges, host) : 0;
+        if (i == n_ranges && total == n_bytes) {
+            result = PyLong_FromUnsignedLongLong(total);
+            goto drop;
+        }
+    }
     if (c->access == KVMMM_FRAME_READ ? py_copy_target(buffer, &b) : py_copy_source(buffer, &b))
         goto drop;
     c->may_block = b.may_block;
@@ -126,7 +137,7 @@ static PyObject *run_vec(struct py_copy *c, PyObject *sequence, PyObject *buffer
                      b.view.len);
         goto release;
     }
-    for (Py_ssize_t i = run_quickly(c, ranges, n_ranges, b.view.buf); i < n_ranges; i++) {
+    for (i = i ? i : run_quickly(c, ranges, n_ranges, b.view.buf); i < n_ranges; i++) {
         c->addr = ranges[i].start;
         c->n_bytes = ranges[i].n_bytes;
         c->host = (uint8_t *)b.view.buf + c->before;
