@@ -28,7 +28,7 @@ _PACKAGES_PRUNED = (
     # What distributed and selenium bring.
     "cloudpickle", "fsspec", "jinja2", "locket", "markupsafe", "msgpack", "partd", "psutil",
     "tblib", "tlz", "toolz", "tornado", "urllib3", "yaml", "zict",
-    "h11", "outcome", "sniffio", "sortedcontainers", "trio", "trio_websocket", "websocket",
+    "h11", "outcome", "sniffio", "trio", "trio_websocket", "websocket",
     "wsproto",
 )  # fmt: skip
 _PACKAGE_FILES_PRUNED = (".a", ".c", ".exe", ".h", ".o", ".pyi")
