@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+pytest.importorskip("numpy", reason="numpy is not installed")
+pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+
 from tests.bench.crossover.test_report_browser import Page, browser, pytestmark  # noqa: F401
 
 if TYPE_CHECKING:
